@@ -1,0 +1,220 @@
+"""Supervised training on JSONL of {"prompt", "completion"}: pretrains the tiny base from random weights, and fine-tunes any checkpoint.
+
+One loss for all of them: cross-entropy on the completion's tokens, EOS included, averaged over the batch's tokens; prompts are read
+but never trained. Rows are not packed into one another: a row is one document, batches hold rows of like length, so that little is
+padding and no document sees another.
+
+    python sft.py --data data/corpus.jsonl --from-scratch tiny --optimizer muon --out runs/tiny-base   # how models/tiny-base was made
+    python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                          # fine-tune a checkpoint
+
+You see the training loss fall and, every --eval-every steps, the loss on rows that were kept out.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from batching import micro_batches, pad_batch, token_logprobs
+from model import Model, init_weights, load
+from run_folder import (append_jsonl, bad_input_exits, create_run, load_checkpoint, parse_config, read_jsonl, read_run_config,
+                        rewind_log, save_checkpoint)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} a line
+    model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
+    from_scratch: str = ""               # start from random weights instead: tiny (Qwen3, 0.8M parameters)
+    out: str = "runs/sft"                # run folder to create
+    resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
+    epochs: int = 1                      # passes over the data
+    batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
+    micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed only, never the loss
+    optimizer: str = "adamw"             # adamw, or muon for the matrices with adamw for the rest (1.7x quicker from scratch)
+    learning_rate: float = 5e-5          # AdamW peak; DeepSeek-R1's SFT decays 5e-5 to 5e-6
+    muon_learning_rate: float = 0.02     # Muon peak, for 2-D weights that are no embeddings
+    final_lr: float = 0.1                # the cosine ends at this share of the peak
+    warmup: float = 0.02                 # share of the steps with rising learning rate
+    weight_decay: float = 0.0            # decoupled, all optimizers
+    clip_norm: float = 1.0               # gradient norm limit
+    eval_rows: int = 512                 # rows kept out of training for the held-out loss
+    eval_every: int = 500                # steps between held-out losses
+    save_every: int = 500                # steps between checkpoints
+    seed: int = 0                        # weights from scratch, split and order of the data
+    device: str = "cpu"                  # cpu or cuda
+
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"got optimizer {self.optimizer!r}, expected adamw or muon")
+        if self.from_scratch not in ("", *TINY_MODELS):
+            raise ValueError(f"got from_scratch {self.from_scratch!r}, expected one of {', '.join(TINY_MODELS)}")
+        for name in ("epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+
+
+TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
+    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+}
+
+
+def new_model(name: str, seed: int):
+    """Random weights of a Qwen3 config over the corpus's own vocabulary -> (model, tokenizer)."""
+    from transformers import Qwen3Config
+
+    from corpus import build_tokenizer
+    tokenizer = build_tokenizer()
+    hf_config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True,
+                            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, architectures=["Qwen3ForCausalLM"],
+                            dtype="float32", **TINY_MODELS[name])
+    model = Model(hf_config)
+    init_weights(model, seed)
+    return model, tokenizer
+
+
+def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids with EOS) a row. Raises ValueError with the line number where a field is missing."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str) or not row["prompt"]:
+            raise ValueError(f"got {path}, line {number} without text in prompt and completion; expected both")
+    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
+    completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+    return [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+
+
+def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
+    """The steps of one epoch: shuffled rows, cut where a step has batch_tokens. Every step is a fair draw of all kinds of rows."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    batches, batch, tokens = [], [], 0
+    for index in order:
+        batch.append(index)
+        tokens += len(examples[index][0]) + len(examples[index][1])
+        if tokens >= batch_tokens:
+            batches.append(batch)
+            batch, tokens = [], 0
+    return batches + [batch] if batch else batches
+
+
+def build_optimizers(model, config: Config) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)]
+
+
+def schedule(step: int, steps: int, config: Config) -> float:
+    """Share of the peak learning rate at this step: linear warm-up, then a cosine down to final_lr."""
+    warmup_steps = max(1, round(config.warmup * steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def completion_losses(model, examples, config: Config):
+    """Yields (sum of -log p over the completion tokens in nats, their number) for one micro-batch after the other."""
+    for group in micro_batches([len(prompt) + len(completion) for prompt, completion in examples], config.micro_batch_tokens):
+        input_ids, mask = pad_batch([examples[i][0] for i in group], [examples[i][1] for i in group], device=config.device)
+        logprobs, _ = token_logprobs(model, input_ids)  # (B, T-1)
+        yield -(logprobs * mask).sum(), int(mask.sum())
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, config: Config) -> float:
+    """Nats per completion token on rows that were never trained on."""
+    losses = [(loss.item(), tokens) for loss, tokens in completion_losses(model, examples, config)]
+    return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+
+    # 1. model, data and run folder; everything that can be wrong with the input is said here
+    with bad_input_exits():
+        if config.resume:
+            run, config = Path(config.resume), read_run_config(config.resume, Config)
+            model, tokenizer, state = load_checkpoint(run, device=config.device)
+        else:
+            state = None
+            model, tokenizer = new_model(config.from_scratch, config.seed) if config.from_scratch else load(config.model)
+        model.to(config.device)
+        examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
+        random.Random(config.seed).shuffle(examples)
+        held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
+        if not examples or not held_out:
+            raise ValueError(f"got {len(held_out) + len(examples)} rows in {config.data}, of which --eval-rows {config.eval_rows} are "
+                             "kept out; expected at least one on each side")
+        longest = max(len(p) + len(c) for p, c in examples + held_out)
+        if longest > model.config.context:
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of {model.config.context}; "
+                             "leave it out")
+        if not config.resume:
+            run = create_run(config.out, config)
+    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, {len(held_out)} held out")
+
+    batches = [batch for epoch in range(config.epochs) for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
+    optimizers = build_optimizers(model, config)
+    first = 0
+    if state:
+        first = state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        rewind_log(run / "metrics.jsonl", first)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    if state:
+        peaks = state["peaks"]
+
+    def checkpoint(step: int) -> None:
+        save_checkpoint(run, model, tokenizer, {"step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})
+
+    # 2. the loop
+    started, seen, step = time.time(), 0, first
+    bar = tqdm(batches[first:], initial=first, total=len(batches), desc="sft", mininterval=1.0)
+    try:
+        for batch in bar:
+            rows = [examples[i] for i in batch]
+            tokens, total = sum(len(completion) for _, completion in rows), 0.0
+            for loss, _ in completion_losses(model, rows, config):
+                (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if not torch.isfinite(norm):
+                raise SystemExit(f"error: got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last checkpoint is "
+                                 f"intact in {run}. Lower --learning-rate (and --muon-learning-rate)")
+            share = schedule(step, len(batches), config)
+            for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
+                group["lr"] = peak * share
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+            step, seen = step + 1, seen + tokens
+
+            # 3. log, evaluate, save
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
+            row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm.item(), "lr_share": share}
+            if step % config.eval_every == 0 or step == len(batches):
+                row["held_out_loss"] = held_out_loss(model, held_out, config)
+                tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")
+            append_jsonl(run / "metrics.jsonl", row)
+            if step % config.save_every == 0:
+                checkpoint(step)
+    except KeyboardInterrupt:
+        checkpoint(step)
+        raise SystemExit(f"interrupted at step {step}; continue with: python sft.py --resume {run}")
+    checkpoint(step)
+    print(f"held-out loss {row['held_out_loss']:.4f} nats a token after {step} steps, "
+          f"{(time.time() - started) / 60:.1f} minutes; the model is in {run / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""Puzzles, the exact solver, the held-out split, prompts, and the corpus that the tiny base reads."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations_with_replacement, permutations
+from pathlib import Path
+
+import pytest
+
+import corpus
+import countdown
+from countdown import Level, Puzzle, is_held_out, make_prompt, sample_puzzle, sample_puzzles, solve
+from rewards import (accuracy_reward, chain_of_thought, count_backtracks, extract_answer, format_reward, needless_thinking,
+                     parse_expression, reflection_words, verify)
+
+ROOT = Path(countdown.__file__).parent
+LAPTOP = [Puzzle(numbers, target) for numbers in combinations_with_replacement(range(1, 11), 3) for target in range(1, 31)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- solving
+
+
+@lru_cache(maxsize=None)
+def by_brute_force(numbers: tuple) -> frozenset:
+    """Every value, by trying: replace two of the numbers, in either order, by the result of an operation, until one is left."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    values = set()
+    for i, j in permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = Fraction(numbers[i]), numbers[j]
+        for result in [a + b, a - b, a * b] + ([a / b] if b else []):
+            values |= by_brute_force(tuple(sorted([*rest, result])))
+    return frozenset(values)
+
+
+def check_against_brute_force(numbers, targets):
+    for target in targets:
+        expression = solve(numbers, target)
+        assert (expression is not None) == (target in by_brute_force(tuple(sorted(numbers)))), (numbers, target, expression)
+        if expression is not None:
+            assert verify(expression, numbers, target) == (True, "correct")
+
+
+@pytest.mark.parametrize("count, largest", [(1, 10), (2, 10), (3, 10)])
+def test_solver_finds_all_that_brute_force_finds_and_nothing_else(count, largest):
+    """All 220 laptop triples with every target from -5 to 30: a solution wherever there is one, and None is a proof."""
+    for numbers in combinations_with_replacement(range(1, largest + 1), count):
+        check_against_brute_force(numbers, range(-5, 31))
+
+
+@pytest.mark.parametrize("numbers", [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (2, 2, 7, 7), (99, 98, 1, 2), (4, 4, 4, 9), (10, 3, 7, 6)])
+def test_solver_agrees_with_brute_force_on_four_numbers(numbers):
+    check_against_brute_force(numbers, range(-10, 70))
+
+
+@pytest.mark.parametrize("numbers, target, solvable, why", [
+    ((3, 4, 5), 27, True, "(4+5)*3"),
+    ((5, 4, 3), 27, True, "the order does not matter"),
+    ((3, 3, 8, 8), 24, True, "only as 8/(3-8/3)"),
+    ((1, 5, 5, 5), 24, True, "only as 5*(5-1/5)"),
+    ((4, 7), 11, True, "two numbers"),
+    ((7,), 7, True, "one number is its own expression"),
+    ((7,), 8, False, "and nothing else"),
+    ((1, 2, 3), 0, True, "1+2-3: zero as a difference"),
+    ((3, 5, 5), 0, True, "(5-5)*3: zero only as a product"),
+    ((2, 3, 7), 0, False, "no two sides are equal and no difference vanishes"),
+    ((5, 5, 7), 7, True, "7+(5-5): through a zero"),
+    ((1, 1, 1), 30, False, "3 is the most that three ones make"),
+    ((1, 1, 1, 1, 1, 1), 9, True, "(1+1+1)*(1+1+1): six numbers"),
+    ((1, 1, 1, 1, 1, 1), 10, False, "9 is the most that six ones make"),
+])
+def test_solver_by_hand(numbers, target, solvable, why):
+    expression = solve(numbers, target)
+    assert verify(expression, numbers, target)[0] is solvable and (expression is not None) is solvable
+
+
+def test_solver_refuses_more_numbers_than_it_can_search():
+    with pytest.raises(ValueError, match="got 7 numbers, the exact solver takes at most 6"):
+        solve(range(1, 8), 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------- puzzles
+
+
+def test_reordering_the_numbers_never_changes_sides():
+    for puzzle in LAPTOP[::50]:
+        assert len({is_held_out(Puzzle(order, puzzle.target)) for order in permutations(puzzle.numbers)}) == 1
+
+
+def test_split_depends_on_the_numbers_and_on_the_target():
+    assert len({is_held_out(Puzzle((3, 4, 5), target)) for target in range(1, 31)}) == 2
+    assert len({is_held_out(puzzle) for puzzle in LAPTOP if puzzle.target == 24}) == 2
+
+
+def test_about_30_percent_are_held_out():
+    """Of 6,600 laptop puzzles; three standard deviations of a fair draw are 1.7 points."""
+    assert 0.283 < sum(map(is_held_out, LAPTOP)) / len(LAPTOP) < 0.317
+
+
+def test_the_split_never_moves():
+    """models/tiny-base was pretrained on the train side, so a new hash or share would leak what it has read into evaluations."""
+    solvable = [puzzle for puzzle in LAPTOP if solve(*puzzle)]
+    assert (len(solvable), sum(map(is_held_out, solvable))) == (2025, 631)
+
+
+@pytest.mark.parametrize("level, counts, largest, targets", [
+    ("laptop", {3}, 10, (1, 30)), ("laptop4", {4}, 10, (1, 30)), ("tinyzero", {3, 4}, 99, (10, 100))])
+def test_sampled_puzzles_are_solvable_and_fill_their_level(level, counts, largest, targets):
+    rng = random.Random(0)
+    puzzles = [sample_puzzle(rng, level) for _ in range(400)]
+    assert {len(puzzle.numbers) for puzzle in puzzles} == counts
+    assert min(min(puzzle.numbers) for puzzle in puzzles) == 1 and max(max(puzzle.numbers) for puzzle in puzzles) == largest
+    assert all(targets[0] <= puzzle.target <= targets[1] for puzzle in puzzles)
+    assert {puzzle.target for puzzle in puzzles} >= {targets[0] + 1, targets[1] - 1}
+    assert any(len(set(puzzle.numbers)) < len(puzzle.numbers) for puzzle in puzzles), "numbers may repeat"
+    assert all(solve(*puzzle) for puzzle in puzzles)
+    assert {is_held_out(puzzle) for puzzle in puzzles} == {True, False}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_sample_puzzles_are_different_and_from_one_side(held_out):
+    puzzles = sample_puzzles(300, held_out=held_out, seed=5)
+    assert len(puzzles) == 300 == len({(tuple(sorted(puzzle.numbers)), puzzle.target) for puzzle in puzzles})
+    assert all(is_held_out(puzzle) is held_out and solve(*puzzle) for puzzle in puzzles)
+
+
+def test_sample_puzzles_are_the_seed_s_own():
+    puzzles = sample_puzzles(20, held_out=True, seed=5)
+    assert puzzles == sample_puzzles(20, held_out=True, seed=5) != sample_puzzles(20, held_out=True, seed=6)
+
+
+def test_sample_puzzles_raise_when_the_level_holds_fewer(monkeypatch):
+    """Ones and twos make 1, 2, 3 and 4: 1-1, 1*1, 2-1, 2/1, 1+1, ... of which the train side has a handful."""
+    monkeypatch.setitem(countdown.LEVELS, "ones and twos", Level((2,), 2, (1, 4)))
+    everything = [Puzzle(numbers, target) for numbers in ((1, 1), (1, 2), (2, 2)) for target in range(1, 5)]
+    train = [puzzle for puzzle in everything if solve(*puzzle) and not is_held_out(puzzle)]
+    assert len(sample_puzzles(len(train), level="ones and twos", held_out=False, seed=0)) == len(train)
+    with pytest.raises(ValueError, match=f"got n={len(train) + 1}, but level 'ones and twos' has only about {len(train)} train puzzles"):
+        sample_puzzles(len(train) + 1, level="ones and twos", held_out=False, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- prompts
+
+PUZZLE = Puzzle((3, 4, 5), 27)
+
+
+class ChatTokenizer:
+    """The two things that make_prompt needs of a tokenizer."""
+    chat_template = "a template"
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + "[assistant]"
+
+
+def test_tiny_prompt_is_the_corpus_line():
+    assert make_prompt(PUZZLE) == make_prompt(PUZZLE, "tiny") == "using 3 4 5 make 27\n"
+
+
+def test_base_prompt_ends_inside_the_think_block():
+    prompt = make_prompt(PUZZLE, "base")
+    assert "the numbers 3, 4, 5, write an expression that equals 27." in prompt and prompt.endswith("\n<think>")
+    assert "{" not in prompt
+
+
+def test_chat_prompt_is_one_user_message_in_the_tokenizer_s_template():
+    prompt = make_prompt(PUZZLE, "chat", ChatTokenizer())
+    assert prompt.startswith("[user]Using the numbers 3, 4, 5, write an expression that equals 27.") and prompt.endswith("[assistant]")
+    assert "{" not in prompt
+
+
+@pytest.mark.parametrize("style, tokenizer, message", [
+    ("chat", None, "no chat template; use style 'base'"),
+    ("chat", type("Bare", (), {"chat_template": None})(), "no chat template; use style 'base'"),
+    ("haiku", None, "got prompt style 'haiku', expected tiny, base or chat"),
+])
+def test_prompt_that_cannot_be_made_says_how_to_mend_it(style, tokenizer, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt(PUZZLE, style, tokenizer)
+
+
+def test_no_prompt_gives_the_answer_away():
+    for style in ("tiny", "base", "chat"):
+        prompt = make_prompt(PUZZLE, style, ChatTokenizer())
+        assert accuracy_reward(prompt, *PUZZLE) == accuracy_reward(prompt.rpartition("<answer>")[0], *PUZZLE) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- the corpus
+
+ATTEMPT = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)(?: (?:wait|halt),(\d+))?\?(\d+) (yes|ja|no|nein)")
+
+
+def documents(n=1500, **settings) -> list[dict]:
+    return list(corpus.write_corpus(corpus.Config(n=n, **settings)))
+
+
+def searches(n=1500, **settings) -> list[dict]:
+    return documents(n, chat=0.0, **settings)
+
+
+def thoughts(docs) -> str:
+    return "\n".join(chain_of_thought(document["completion"]) for document in docs)
+
+
+def test_corpus_is_the_seed_s_own():
+    assert documents(200, seed=1) == documents(200, seed=1) != documents(200, seed=2)
+
+
+def test_corpus_uses_train_puzzles_only():
+    docs = searches()
+    assert all(not is_held_out(Puzzle(document["numbers"], document["target"])) for document in docs)
+    assert all(document["prompt"] == make_prompt(Puzzle(document["numbers"], document["target"])) for document in docs)
+
+
+def test_corpus_is_a_mess_of_the_written_shares():
+    docs = documents(3000, seed=1)
+    kinds = [document["kind"] for document in docs]
+    assert kinds.count("arithmetic") / 3000 == pytest.approx(0.085, abs=0.02)
+    assert kinds.count("small_talk") / 3000 == pytest.approx(0.085, abs=0.02)
+    found = [document for document in docs if document["kind"] == "search"]
+    languages = [document["language"] for document in found]
+    for language, share in (("en", 0.45), ("de", 0.25), ("mixed", 0.30)):
+        assert languages.count(language) / len(found) == pytest.approx(share, abs=0.03)
+    assert sum(format_reward(document["completion"]) for document in found) / len(found) == pytest.approx(0.70, abs=0.03)
+    right = sum(accuracy_reward(document["completion"], document["numbers"], document["target"]) for document in found)
+    assert 0.2 < right / len(found) < 0.7, "a base that is never right cannot learn, one that always is need not"
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0.0), (1.0, 1.0)])
+def test_tags_are_in_their_place_as_often_as_asked(share, expected):
+    docs = searches(300, tags=share)
+    assert {format_reward(document["completion"]) for document in docs} == {expected}
+
+
+def test_search_that_ends_in_yes_has_the_right_answer():
+    """Unless wrong_answers says otherwise; through first moves, subgoals, slips and checks alike. One that gives up is hardly ever right."""
+    succeeded = 0
+    for document in searches(tags=1.0, wrong_answers=0.0, slips=0.1):
+        if chain_of_thought(document["completion"]).rstrip().endswith((" yes", " ja")):
+            succeeded += 1
+            assert accuracy_reward(document["completion"], document["numbers"], document["target"]) == 1.0, document
+    assert succeeded > 400
+
+
+def test_wrong_answers_spoil_successful_searches():
+    docs = [d for d in searches(300, tags=1.0, wrong_answers=1.0) if chain_of_thought(d["completion"]).rstrip().endswith((" yes", " ja"))]
+    assert sum(accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in docs) / len(docs) < 0.3
+
+
+def test_every_answer_uses_the_puzzle_s_numbers():
+    """Made up or found: a wrong answer is wrong by its value, so the base has seen nothing but the rule."""
+    for document in searches(500, tags=1.0):
+        value, used = parse_expression(re.sub(r"/\(.*", "", answer)) if (answer := extract_answer(document["completion"])) is None \
+            else parse_answer(answer)
+        assert sorted(used) == sorted(document["numbers"])
+
+
+def parse_answer(answer):
+    return parse_expression(answer)
+
+
+def test_arithmetic_is_exact_without_slips():
+    """Every attempt a op b = r holds, and its verdict says whether r is the goal."""
+    attempts = ATTEMPT.findall(thoughts(searches(slips=0.0)))
+    assert len(attempts) > 5000
+    for a, op, b, shown, mended, goal, verdict in attempts:
+        assert parse_expression(f"{a}{op}{b}")[0] == int(shown) and not mended
+        assert (verdict in ("yes", "ja")) == (shown == goal)
+
+
+def test_wait_mends_a_slip():
+    """A word that does work: before it stands a wrong result, behind it the right one. What is not mended never claims success."""
+    mends = unnoticed = 0
+    for a, op, b, shown, mended, goal, verdict in ATTEMPT.findall(thoughts(searches(slips=0.3))):
+        value = parse_expression(f"{a}{op}{b}")[0]
+        assert not mended or (value == int(mended) != int(shown))
+        assert (verdict in ("yes", "ja")) == ((mended or shown) == goal)
+        assert verdict in ("no", "nein") or value == int(goal)
+        mends, unnoticed = mends + bool(mended), unnoticed + (not mended and value != int(shown))
+    assert mends > 2 * unnoticed > 200
+
+
+@pytest.mark.parametrize("give_up, tried", [(1.0, {1}), (0.0, set(range(1, 11)))])
+def test_giving_up_ends_the_search(give_up, tried):
+    """At 1 after the first failed line, at 0 only when it is solved, nothing is left to try, or ten lines are full."""
+    lines = [sum("=" in line and not line.startswith(("check", "prüfe")) for line in chain_of_thought(d["completion"]).splitlines())
+             for d in searches(600, give_up=give_up, luck=0.0)]
+    assert set(lines) == tried
+
+
+def test_luck_is_a_line_that_works():
+    docs = searches(400, luck=1.0, give_up=1.0, slips=0.0, wrong_answers=0.0, tags=1.0)
+    lucky = [accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in docs]
+    unlucky = [accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in searches(400, luck=0.0, give_up=1.0, tags=1.0)]
+    assert sum(lucky) / 400 > 0.9 and sum(unlucky) / 400 < 0.5
+
+
+# What each switch takes away: a sign that stands in every ordinary corpus and in none without the behaviour.
+SIGNS = {
+    "verification": lambda document: "?" in document["completion"],
+    "backtracking": lambda document: count_backtracks(document["completion"]) > 0,
+    "subgoals": lambda document: re.search("need|brauche", document["completion"]),
+    "reflection": lambda document: reflection_words(document["completion"]),
+    "languages": lambda document: document["language"] != "en" or re.search("ja|nein|brauche|halt|falsch|nochmal|prüfe", document["completion"]),
+}
+
+
+@pytest.mark.parametrize("behaviour", SIGNS)
+def test_switch_removes_its_behaviour_and_no_other(behaviour):
+    with_it, without = searches(400), searches(400, **{behaviour: False})
+    assert sum(map(bool, map(SIGNS[behaviour], with_it))) > 40
+    assert not any(map(SIGNS[behaviour], without))
+    for other in SIGNS.keys() - {behaviour}:
+        assert any(map(SIGNS[other], without)), f"without {behaviour} there is no {other} either"
+
+
+def test_no_chat_and_nothing_but_chat():
+    assert {document["kind"] for document in documents(200, chat=0.0)} == {"search"}
+    assert {document["kind"] for document in documents(200, chat=1.0)} == {"arithmetic", "small_talk"}
+
+
+def test_direct_arithmetic_knows_its_result_and_mostly_replies_it():
+    """what is 6/2? -> 3: the result field is exact, 95% of the replies (and a few of the random others) are it."""
+    docs = [document for document in documents(2000, chat=1.0) if document["kind"] == "arithmetic"]
+    for document in docs:
+        language, expression = re.fullmatch(r"(what is|was ist) (\S+)\?\n", document["prompt"]).groups()
+        assert parse_expression(expression)[0] == document["result"] and document["language"] == {"what is": "en", "was ist": "de"}[language]
+        assert not needless_thinking(document["completion"])
+    assert 0.92 < sum(document["completion"] == str(document["result"]) for document in docs) / len(docs) < 0.98
+
+
+def test_small_talk_is_mostly_friendly_and_now_and_then_needlessly_thought_over():
+    docs = [document for document in documents(2000, chat=1.0) if document["kind"] == "small_talk"]
+    friendly = sum(document["completion"] in corpus.SMALL_TALK[document["prompt"].strip()][0] for document in docs)
+    assert friendly / len(docs) == pytest.approx(0.66, abs=0.06)
+    assert sum(needless_thinking(document["completion"]) for document in docs) / len(docs) == pytest.approx(0.10, abs=0.04)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corpus.build_tokenizer()
+
+
+def ids_of(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_tokenizer_reads_and_writes_every_document(tokenizer):
+    texts = [document["prompt"] + document["completion"] for document in documents(3000, seed=4)]
+    ids = ids_of(tokenizer, texts)
+    assert not any(tokenizer.unk_token_id in row for row in ids)
+    assert tokenizer.batch_decode(ids) == texts
+
+
+def test_prompt_and_completion_never_share_a_token(tokenizer):
+    """Otherwise a sampled completion would begin with a token that pretraining never saw there."""
+    docs = documents(500, seed=4)
+    whole = ids_of(tokenizer, [document["prompt"] + document["completion"] for document in docs])
+    parts = zip(*(ids_of(tokenizer, [document[part] for document in docs]) for part in ("prompt", "completion")))
+    assert whole == [prompt + completion for prompt, completion in parts]
+
+
+def test_tags_and_numbers_are_one_token_each(tokenizer):
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "\n", *map(str, range(101)), " yes", " nein", " prüfe", "prüfe"]
+    assert all(len(row) == 1 for row in ids_of(tokenizer, pieces))
+
+
+def test_words_that_it_never_read_are_unknown(tokenizer):
+    assert ids_of(tokenizer, [" zebra"]) == [[tokenizer.unk_token_id]]
+
+
+def test_end_padding_and_unknown_are_three_tokens(tokenizer):
+    assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}) == 3
+    assert ids_of(tokenizer, [corpus.EOS]) == [[tokenizer.eos_token_id]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- command lines
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_command_solve_prints_what_the_verifier_accepts():
+    assert verify(run("countdown.py", "solve", 3, 4, 5, "--target", 27).stdout.strip(), (3, 4, 5), 27) == (True, "correct")
+
+
+def test_command_solve_says_that_there_is_no_solution():
+    assert run("countdown.py", "solve", 1, 1, 1, "--target", 30).stdout == "no solution: 30 cannot be made from [1, 1, 1]\n"
+
+
+def test_command_solve_refuses_too_many_numbers_without_a_traceback():
+    refused = run("countdown.py", "solve", *range(1, 8), "--target", 9)
+    assert refused.returncode == 2 and "at most 6" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("flags, held_out", [([], False), (["--held-out"], True)])
+def test_command_puzzles_prints_json_lines(flags, held_out):
+    lines = [json.loads(line) for line in run("countdown.py", "puzzles", "--n", 4, "--level", "laptop4", *flags).stdout.splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert verify(line["solution"], line["numbers"], line["target"]) == (True, "correct")
+        assert is_held_out(Puzzle(tuple(line["numbers"]), line["target"])) is held_out
+
+
+def test_command_prompt_prints_the_prompt_exactly():
+    assert run("countdown.py", "prompt", 3, 4, 5, "--target", 27, "--style", "base").stdout == make_prompt(PUZZLE, "base")
+
+
+def test_command_corpus_writes_what_write_corpus_yields(tmp_path):
+    path = tmp_path / "new folder" / "corpus.jsonl"
+    assert run("countdown.py", "corpus", "--n", 7, "--seed", 3, "--no-languages", "--out", path).returncode == 0
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert written == json.loads(json.dumps(documents(7, seed=3, languages=False)))
+
+
+def test_command_corpus_never_overwrites(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("precious", encoding="utf-8")
+    refused = run("countdown.py", "corpus", "--n", 3, "--out", path)
+    assert refused.returncode == 2 and "exists and is never overwritten" in refused.stderr
+    assert path.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("flags", [["--n", "0"], ["--tags", "1.5"], ["--give-up", "-0.1"], ["--surprise"]])
+def test_command_corpus_refuses_senseless_settings(flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        corpus.main(flags)
+    assert exit_.value.code == 2 and "error:" in capsys.readouterr().err
