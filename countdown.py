@@ -157,21 +157,28 @@ and parentheses. Reason inside <think> </think>, then, on a new line, give the e
 <answer>(1+2)/3</answer>."""
 
 
-def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None) -> str:
+def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()) -> str:
     """What stands before the completion; the completion begins right where it ends.
 
     tiny: the line that the tiny base's corpus uses. base: for pretrained checkpoints without chat tuning, ends inside <think>.
     chat: the same question through the tokenizer's own chat template, ready for the assistant's first token.
+    examples: (puzzle, completion) pairs that come first, for few-shot prompts; in chat style as earlier turns.
     """
     if style == "tiny":
-        return f"using {' '.join(map(str, puzzle.numbers))} make {puzzle.target}\n"
+        shots = [make_prompt(example) + text + "\n\n" for example, text in examples]
+        return "".join(shots) + f"using {' '.join(map(str, puzzle.numbers))} make {puzzle.target}\n"
     fields = {"numbers": ", ".join(map(str, puzzle.numbers)), "target": puzzle.target}
     if style == "base":
-        return BASE_PROMPT.format(**fields)
+        shots = [make_prompt(example, "base").removesuffix("<think>") + text + "\n\n" for example, text in examples]
+        return "".join(shots) + BASE_PROMPT.format(**fields)
     if style == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("got style 'chat' with a tokenizer that has no chat template; use style 'base' or a chat checkpoint")
-        messages = [{"role": "user", "content": CHAT_PROMPT.format(**fields)}]
+        turns = [(CHAT_PROMPT.format(numbers=", ".join(map(str, example.numbers)), target=example.target), text)
+                 for example, text in examples]
+        messages = [message for question, text in turns for message in ({"role": "user", "content": question},
+                                                                        {"role": "assistant", "content": text})]
+        messages.append({"role": "user", "content": CHAT_PROMPT.format(**fields)})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 

@@ -317,6 +317,12 @@ def find_directory(path_or_id) -> Path:
                                 f"({type(error).__name__}); check the name and the network, or download it elsewhere and pass its directory") from None
 
 
+def end_tokens(model: Model, tokenizer) -> set[int]:
+    """The token ids that end a completion: the tokenizer's EOS and those of the checkpoint's config (chat models name several)."""
+    from_config = getattr(model.hf_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
+
+
 def save(model: Model, tokenizer, directory) -> None:
     """Writes a Hugging Face directory. It is built beside its place and moved there whole, so a kill never leaves half a model."""
     from safetensors.torch import save_file

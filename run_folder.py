@@ -9,6 +9,7 @@ import inspect
 import json
 import pickle
 import re
+import signal
 import sys
 import types
 import typing
@@ -44,14 +45,33 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None):
         return config_class(**values)
 
 
+def fail(message) -> typing.NoReturn:
+    """One line on stderr and exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
 @contextmanager
 def bad_input_exits():
-    """Start-up code stands inside: what the user can mend becomes one line on stderr and exit code 2, without a traceback."""
+    """Start-up code stands inside: what the user can mend ends in one line and exit code 2, without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
+
+
+class StopRequest:
+    """Ctrl-C (or SIGTERM) lets the step in progress finish, so that a checkpoint is never taken in mid-update. The second one kills."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; press Ctrl-C again to stop at once and lose it", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the folder

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from batching import pad_rows
-from model import KVCache
+from model import KVCache, end_tokens
 
 
 @dataclass
@@ -29,6 +29,20 @@ class Completion:
     token_ids: list[int]   # EOS included, unless truncated
     logprobs: list[float]  # nats, of softmax(logits / temperature), before any top-p truncation
     truncated: bool        # no EOS within max_new_tokens
+
+
+def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
+    """Text in, text out: -> prompt ids, completions, and the completions' texts as rewards read them. settings go to sample().
+
+    The text has no EOS, and where a prompt already ends in <think> the tag is put back, so that rewards always see <think>...</think>.
+    """
+    unique = list(dict.fromkeys(prompts))
+    ids = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"]))
+    ends = end_tokens(model, tokenizer)
+    prompt_ids = [ids[prompt] for prompt in prompts]
+    completions = sample(model, prompt_ids, eos_ids=ends, **settings)
+    texts = tokenizer.batch_decode([c.token_ids if c.truncated else c.token_ids[:-1] for c in completions], skip_special_tokens=False)
+    return prompt_ids, completions, ["<think>" * prompt.endswith("<think>") + text for prompt, text in zip(prompts, texts)]
 
 
 def choose_tokens(logits, uniforms, *, temperature: float, top_p: float):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, token_logprobs
 from model import Model, init_weights, load
-from run_folder import (append_jsonl, bad_input_exits, create_run, load_checkpoint, parse_config, read_jsonl, read_run_config,
+from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config, read_jsonl, read_run_config,
                         rewind_log, save_checkpoint)
 
 
@@ -177,40 +177,41 @@ def main() -> None:
         save_checkpoint(run, model, tokenizer, {"step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})
 
     # 2. the loop
-    started, seen, step = time.time(), 0, first
+    stop, started, seen, step = StopRequest(), time.time(), 0, first
     bar = tqdm(batches[first:], initial=first, total=len(batches), desc="sft", mininterval=1.0)
-    try:
-        for batch in bar:
-            rows = [examples[i] for i in batch]
-            tokens, total = sum(len(completion) for _, completion in rows), 0.0
-            for loss, _ in completion_losses(model, rows, config):
-                (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
-                total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if not torch.isfinite(norm):
-                raise SystemExit(f"error: got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last checkpoint is "
-                                 f"intact in {run}. Lower --learning-rate (and --muon-learning-rate)")
-            share = schedule(step, len(batches), config)
-            for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
-                group["lr"] = peak * share
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-            step, seen = step + 1, seen + tokens
+    for batch in bar:
+        rows = [examples[i] for i in batch]
+        tokens, total = sum(len(completion) for _, completion in rows), 0.0
+        for loss, _ in completion_losses(model, rows, config):
+            (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not torch.isfinite(norm):
+            checkpoint(step)
+            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the weights before it are saved in "
+                 f"{run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
+        share = schedule(step, len(batches), config)
+        for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
+            group["lr"] = peak * share
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        step, seen = step + 1, seen + tokens
 
-            # 3. log, evaluate, save
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
-            row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm.item(), "lr_share": share}
-            if step % config.eval_every == 0 or step == len(batches):
-                row["held_out_loss"] = held_out_loss(model, held_out, config)
-                tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")
-            append_jsonl(run / "metrics.jsonl", row)
-            if step % config.save_every == 0:
-                checkpoint(step)
-    except KeyboardInterrupt:
-        checkpoint(step)
-        raise SystemExit(f"interrupted at step {step}; continue with: python sft.py --resume {run}")
+        # 3. log, evaluate, save
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
+        row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm.item(), "lr_share": share}
+        if step % config.eval_every == 0 or step == len(batches):
+            row["held_out_loss"] = held_out_loss(model, held_out, config)
+            tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")
+        append_jsonl(run / "metrics.jsonl", row)
+        if step % config.save_every == 0:
+            checkpoint(step)
+        if stop.requested:
+            checkpoint(step)
+            print(f"stopped after step {step}; continue with: python sft.py --resume {run}")
+            raise SystemExit(130)
     checkpoint(step)
     print(f"held-out loss {row['held_out_loss']:.4f} nats a token after {step} steps, "
           f"{(time.time() - started) / 60:.1f} minutes; the model is in {run / 'checkpoint'}")

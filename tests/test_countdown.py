@@ -54,7 +54,8 @@ def test_solver_finds_all_that_brute_force_finds_and_nothing_else(count, largest
         check_against_brute_force(numbers, range(-5, 31))
 
 
-@pytest.mark.parametrize("numbers", [(3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (2, 2, 7, 7), (99, 98, 1, 2), (4, 4, 4, 9), (10, 3, 7, 6)])
+@pytest.mark.parametrize("numbers", [
+    (3, 3, 8, 8), (1, 5, 5, 5), (1, 1, 1, 1), (2, 2, 7, 7), (99, 98, 1, 2), (4, 4, 4, 9), (10, 3, 7, 6)])
 def test_solver_agrees_with_brute_force_on_four_numbers(numbers):
     check_against_brute_force(numbers, range(-10, 70))
 
@@ -109,17 +110,18 @@ def test_the_split_never_moves():
     assert (len(solvable), sum(map(is_held_out, solvable))) == (2025, 631)
 
 
-@pytest.mark.parametrize("level, counts, largest, targets", [
-    ("laptop", {3}, 10, (1, 30)), ("laptop4", {4}, 10, (1, 30)), ("tinyzero", {3, 4}, 99, (10, 100))])
-def test_sampled_puzzles_are_solvable_and_fill_their_level(level, counts, largest, targets):
+@pytest.mark.parametrize("level, n, counts, largest, targets", [
+    ("laptop", 400, {3}, 10, (1, 30)), ("laptop4", 400, {4}, 10, (1, 30)), ("tinyzero", 150, {3, 4}, 99, (10, 100))])
+def test_sampled_puzzles_are_solvable_and_fill_their_level(level, n, counts, largest, targets):
+    """This seed reaches every end of every range."""
     rng = random.Random(0)
-    puzzles = [sample_puzzle(rng, level) for _ in range(400)]
-    assert {len(puzzle.numbers) for puzzle in puzzles} == counts
-    assert min(min(puzzle.numbers) for puzzle in puzzles) == 1 and max(max(puzzle.numbers) for puzzle in puzzles) == largest
-    assert all(targets[0] <= puzzle.target <= targets[1] for puzzle in puzzles)
-    assert {puzzle.target for puzzle in puzzles} >= {targets[0] + 1, targets[1] - 1}
-    assert any(len(set(puzzle.numbers)) < len(puzzle.numbers) for puzzle in puzzles), "numbers may repeat"
+    puzzles = [sample_puzzle(rng, level) for _ in range(n)]
     assert all(solve(*puzzle) for puzzle in puzzles)
+    assert {len(puzzle.numbers) for puzzle in puzzles} == counts
+    drawn = [number for puzzle in puzzles for number in puzzle.numbers]
+    assert (min(drawn), max(drawn)) == (1, largest)
+    assert (min(puzzle.target for puzzle in puzzles), max(puzzle.target for puzzle in puzzles)) == targets
+    assert any(len(set(puzzle.numbers)) < len(puzzle.numbers) for puzzle in puzzles), "numbers may repeat"
     assert {is_held_out(puzzle) for puzzle in puzzles} == {True, False}
 
 
@@ -140,9 +142,10 @@ def test_sample_puzzles_raise_when_the_level_holds_fewer(monkeypatch):
     monkeypatch.setitem(countdown.LEVELS, "ones and twos", Level((2,), 2, (1, 4)))
     everything = [Puzzle(numbers, target) for numbers in ((1, 1), (1, 2), (2, 2)) for target in range(1, 5)]
     train = [puzzle for puzzle in everything if solve(*puzzle) and not is_held_out(puzzle)]
-    assert len(sample_puzzles(len(train), level="ones and twos", held_out=False, seed=0)) == len(train)
-    with pytest.raises(ValueError, match=f"got n={len(train) + 1}, but level 'ones and twos' has only about {len(train)} train puzzles"):
-        sample_puzzles(len(train) + 1, level="ones and twos", held_out=False, seed=0)
+    n = len(train)
+    assert len(sample_puzzles(n, level="ones and twos", held_out=False, seed=0)) == n
+    with pytest.raises(ValueError, match=f"got n={n + 1}, but level 'ones and twos' has only about {n} train puzzles"):
+        sample_puzzles(n + 1, level="ones and twos", held_out=False, seed=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
@@ -171,8 +174,8 @@ def test_base_prompt_ends_inside_the_think_block():
 
 def test_chat_prompt_is_one_user_message_in_the_tokenizer_s_template():
     prompt = make_prompt(PUZZLE, "chat", ChatTokenizer())
-    assert prompt.startswith("[user]Using the numbers 3, 4, 5, write an expression that equals 27.") and prompt.endswith("[assistant]")
-    assert "{" not in prompt
+    assert prompt.startswith("[user]Using the numbers 3, 4, 5, write an expression that equals 27.")
+    assert prompt.endswith("[assistant]") and "{" not in prompt
 
 
 @pytest.mark.parametrize("style, tokenizer, message", [
@@ -208,6 +211,24 @@ def thoughts(docs) -> str:
     return "\n".join(chain_of_thought(document["completion"]) for document in docs)
 
 
+def accuracy(document) -> float:
+    return accuracy_reward(document["completion"], document["numbers"], document["target"])
+
+
+def share(flags) -> float:
+    flags = [bool(flag) for flag in flags]
+    return sum(flags) / len(flags)
+
+
+def succeeds(document) -> bool:
+    """The search's last word is yes. Only for documents that have their tags."""
+    return chain_of_thought(document["completion"]).rstrip().endswith((" yes", " ja"))
+
+
+def starts_with_check(line: str) -> bool:
+    return line.startswith(("check", "prüfe"))
+
+
 def test_corpus_is_the_seed_s_own():
     assert documents(200, seed=1) == documents(200, seed=1) != documents(200, seed=2)
 
@@ -220,49 +241,35 @@ def test_corpus_uses_train_puzzles_only():
 
 def test_corpus_is_a_mess_of_the_written_shares():
     docs = documents(3000, seed=1)
-    kinds = [document["kind"] for document in docs]
-    assert kinds.count("arithmetic") / 3000 == pytest.approx(0.085, abs=0.02)
-    assert kinds.count("small_talk") / 3000 == pytest.approx(0.085, abs=0.02)
+    for kind, expected in (("search", 0.83), ("arithmetic", 0.085), ("small_talk", 0.085)):
+        assert share(document["kind"] == kind for document in docs) == pytest.approx(expected, abs=0.02)
     found = [document for document in docs if document["kind"] == "search"]
-    languages = [document["language"] for document in found]
-    for language, share in (("en", 0.45), ("de", 0.25), ("mixed", 0.30)):
-        assert languages.count(language) / len(found) == pytest.approx(share, abs=0.03)
-    assert sum(format_reward(document["completion"]) for document in found) / len(found) == pytest.approx(0.70, abs=0.03)
-    right = sum(accuracy_reward(document["completion"], document["numbers"], document["target"]) for document in found)
-    assert 0.2 < right / len(found) < 0.7, "a base that is never right cannot learn, one that always is need not"
+    for language, expected in (("en", 0.45), ("de", 0.25), ("mixed", 0.30)):
+        assert share(document["language"] == language for document in found) == pytest.approx(expected, abs=0.03)
+    assert share(format_reward(document["completion"]) for document in found) == pytest.approx(0.70, abs=0.03)
+    assert 0.2 < share(map(accuracy, found)) < 0.7, "a base that is never right cannot learn, one that always is need not"
 
 
-@pytest.mark.parametrize("share, expected", [(0.0, 0.0), (1.0, 1.0)])
-def test_tags_are_in_their_place_as_often_as_asked(share, expected):
-    docs = searches(300, tags=share)
-    assert {format_reward(document["completion"]) for document in docs} == {expected}
+@pytest.mark.parametrize("tags", [0.0, 1.0])
+def test_tags_are_in_their_place_as_often_as_asked(tags):
+    assert {format_reward(document["completion"]) for document in searches(300, tags=tags)} == {tags}
 
 
 def test_search_that_ends_in_yes_has_the_right_answer():
-    """Unless wrong_answers says otherwise; through first moves, subgoals, slips and checks alike. One that gives up is hardly ever right."""
-    succeeded = 0
-    for document in searches(tags=1.0, wrong_answers=0.0, slips=0.1):
-        if chain_of_thought(document["completion"]).rstrip().endswith((" yes", " ja")):
-            succeeded += 1
-            assert accuracy_reward(document["completion"], document["numbers"], document["target"]) == 1.0, document
-    assert succeeded > 400
+    """Through first moves, subgoals, slips and checks alike, and in good format; unless wrong_answers says otherwise."""
+    docs = list(filter(succeeds, searches(tags=1.0, wrong_answers=0.0, slips=0.1)))
+    assert len(docs) > 400
+    assert all(accuracy(document) == format_reward(document["completion"]) == 1.0 for document in docs)
 
 
 def test_wrong_answers_spoil_successful_searches():
-    docs = [d for d in searches(300, tags=1.0, wrong_answers=1.0) if chain_of_thought(d["completion"]).rstrip().endswith((" yes", " ja"))]
-    assert sum(accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in docs) / len(docs) < 0.3
+    assert share(map(accuracy, filter(succeeds, searches(400, tags=1.0, wrong_answers=1.0)))) < 0.3
 
 
 def test_every_answer_uses_the_puzzle_s_numbers():
-    """Made up or found: a wrong answer is wrong by its value, so the base has seen nothing but the rule."""
+    """Found or made up: a wrong answer in the corpus is wrong by its value, so the base has seen the rule and nothing else."""
     for document in searches(500, tags=1.0):
-        value, used = parse_expression(re.sub(r"/\(.*", "", answer)) if (answer := extract_answer(document["completion"])) is None \
-            else parse_answer(answer)
-        assert sorted(used) == sorted(document["numbers"])
-
-
-def parse_answer(answer):
-    return parse_expression(answer)
+        assert sorted(parse_expression(extract_answer(document["completion"]))[1]) == sorted(document["numbers"])
 
 
 def test_arithmetic_is_exact_without_slips():
@@ -275,7 +282,7 @@ def test_arithmetic_is_exact_without_slips():
 
 
 def test_wait_mends_a_slip():
-    """A word that does work: before it stands a wrong result, behind it the right one. What is not mended never claims success."""
+    """Before it stands a wrong result, behind it the right one; a slip that nobody noticed never claims success."""
     mends = unnoticed = 0
     for a, op, b, shown, mended, goal, verdict in ATTEMPT.findall(thoughts(searches(slips=0.3))):
         value = parse_expression(f"{a}{op}{b}")[0]
@@ -288,17 +295,16 @@ def test_wait_mends_a_slip():
 
 @pytest.mark.parametrize("give_up, tried", [(1.0, {1}), (0.0, set(range(1, 11)))])
 def test_giving_up_ends_the_search(give_up, tried):
-    """At 1 after the first failed line, at 0 only when it is solved, nothing is left to try, or ten lines are full."""
-    lines = [sum("=" in line and not line.startswith(("check", "prüfe")) for line in chain_of_thought(d["completion"]).splitlines())
-             for d in searches(600, give_up=give_up, luck=0.0)]
-    assert set(lines) == tried
+    """At 1 after the first failed line; at 0 only when it is solved, nothing is left to try, or ten lines are full."""
+    searched = [chain_of_thought(document["completion"]).splitlines() for document in searches(600, give_up=give_up, luck=0.0)]
+    assert {sum("=" in line and not starts_with_check(line) for line in lines) for lines in searched} == tried
 
 
 def test_luck_is_a_line_that_works():
-    docs = searches(400, luck=1.0, give_up=1.0, slips=0.0, wrong_answers=0.0, tags=1.0)
-    lucky = [accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in docs]
-    unlucky = [accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in searches(400, luck=0.0, give_up=1.0, tags=1.0)]
-    assert sum(lucky) / 400 > 0.9 and sum(unlucky) / 400 < 0.5
+    """With one line each: nearly every lucky search is right, and few of the others."""
+    once = {"give_up": 1.0, "slips": 0.0, "wrong_answers": 0.0, "tags": 1.0}
+    assert share(map(accuracy, searches(400, luck=1.0, **once))) > 0.9
+    assert share(map(accuracy, searches(400, luck=0.0, **once))) < 0.5
 
 
 # What each switch takes away: a sign that stands in every ordinary corpus and in none without the behaviour.
@@ -307,14 +313,14 @@ SIGNS = {
     "backtracking": lambda document: count_backtracks(document["completion"]) > 0,
     "subgoals": lambda document: re.search("need|brauche", document["completion"]),
     "reflection": lambda document: reflection_words(document["completion"]),
-    "languages": lambda document: document["language"] != "en" or re.search("ja|nein|brauche|halt|falsch|nochmal|prüfe", document["completion"]),
+    "languages": lambda document: re.search("ja|nein|brauche|halt|falsch|nochmal|prüfe", document["completion"]),
 }
 
 
 @pytest.mark.parametrize("behaviour", SIGNS)
 def test_switch_removes_its_behaviour_and_no_other(behaviour):
     with_it, without = searches(400), searches(400, **{behaviour: False})
-    assert sum(map(bool, map(SIGNS[behaviour], with_it))) > 40
+    assert share(map(SIGNS[behaviour], with_it)) > 0.1
     assert not any(map(SIGNS[behaviour], without))
     for other in SIGNS.keys() - {behaviour}:
         assert any(map(SIGNS[other], without)), f"without {behaviour} there is no {other} either"
@@ -329,17 +335,18 @@ def test_direct_arithmetic_knows_its_result_and_mostly_replies_it():
     """what is 6/2? -> 3: the result field is exact, 95% of the replies (and a few of the random others) are it."""
     docs = [document for document in documents(2000, chat=1.0) if document["kind"] == "arithmetic"]
     for document in docs:
-        language, expression = re.fullmatch(r"(what is|was ist) (\S+)\?\n", document["prompt"]).groups()
-        assert parse_expression(expression)[0] == document["result"] and document["language"] == {"what is": "en", "was ist": "de"}[language]
+        question, expression = re.fullmatch(r"(what is|was ist) (\S+)\?\n", document["prompt"]).groups()
+        assert document["language"] == {"what is": "en", "was ist": "de"}[question]
+        assert document["result"] == parse_expression(expression)[0]
         assert not needless_thinking(document["completion"])
-    assert 0.92 < sum(document["completion"] == str(document["result"]) for document in docs) / len(docs) < 0.98
+    assert share(document["completion"] == str(document["result"]) for document in docs) == pytest.approx(0.95, abs=0.02)
 
 
 def test_small_talk_is_mostly_friendly_and_now_and_then_needlessly_thought_over():
     docs = [document for document in documents(2000, chat=1.0) if document["kind"] == "small_talk"]
-    friendly = sum(document["completion"] in corpus.SMALL_TALK[document["prompt"].strip()][0] for document in docs)
-    assert friendly / len(docs) == pytest.approx(0.66, abs=0.06)
-    assert sum(needless_thinking(document["completion"]) for document in docs) / len(docs) == pytest.approx(0.10, abs=0.04)
+    friendly = (document["completion"] in corpus.SMALL_TALK[document["prompt"].strip()][0] for document in docs)
+    assert share(friendly) == pytest.approx(0.66, abs=0.06)
+    assert share(needless_thinking(document["completion"]) for document in docs) == pytest.approx(0.10, abs=0.04)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tokenizer
@@ -405,7 +412,8 @@ def test_command_solve_refuses_too_many_numbers_without_a_traceback():
 
 @pytest.mark.parametrize("flags, held_out", [([], False), (["--held-out"], True)])
 def test_command_puzzles_prints_json_lines(flags, held_out):
-    lines = [json.loads(line) for line in run("countdown.py", "puzzles", "--n", 4, "--level", "laptop4", *flags).stdout.splitlines()]
+    printed = run("countdown.py", "puzzles", "--n", 4, "--level", "laptop4", *flags).stdout
+    lines = [json.loads(line) for line in printed.splitlines()]
     assert len(lines) == 4
     for line in lines:
         assert verify(line["solution"], line["numbers"], line["target"]) == (True, "correct")

@@ -1,4 +1,4 @@
-"""What each reward pays for, as tables: the text, the score, and why. The cheats are those that policies and people have tried."""
+"""What each reward pays for, as tables: the text, the score, and why. The cheats are those that policies and people try."""
 
 import doctest
 import random
@@ -11,8 +11,8 @@ import pytest
 import corpus
 import rewards
 from countdown import LEVELS, Puzzle, make_prompt, sample_puzzle, solve
-from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward, needless_thinking,
-                     parse_expression, reflection_words, reward, verify)
+from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
+                     needless_thinking, parse_expression, reflection_words, reward, verify)
 
 NUMBERS, TARGET = (3, 4, 5), 27  # (4+5)*3
 RIGHT = "<answer>(4+5)*3</answer>"
@@ -188,7 +188,7 @@ COMPLETIONS = table(  # completion, the answer in it, its accuracy for 3 4 5 -> 
     (f"{RIGHT}</think>", None, 0.0, "</think> comes late"),
     (f"{RIGHT} is right", None, 0.0, "text behind the answer"),
     ("<Answer>(4+5)*3</Answer>", None, 0.0, "tags are lower case"),
-    (make_prompt(Puzzle(NUMBERS, TARGET), "base") + f"4+5=9</think>\n{RIGHT}", None, 0.0, "the prompt, example and all, repeated"),
+    (make_prompt(Puzzle(NUMBERS, TARGET), "base") + f"a</think>\n{RIGHT}", None, 0.0, "the prompt repeated, example and all"),
     ("(" * 5000 + RIGHT + ")" * 5000, None, 0.0, "thousands of parentheses around it"),
     ("<answer>" + "(" * 5000 + "4+5" + ")" * 5000 + "*3</answer>", "(" * 5000 + "4+5" + ")" * 5000 + "*3", 0.0, "and inside it"),
 )
@@ -314,7 +314,7 @@ def test_language_without_a_word_list_is_refused():
         language_reward("oui", "fr")
 
 
-# ---------------------------------------------------------------------------------------------------------------- what the CoT does
+# ------------------------------------------------------------------------------------------------------------- what the CoT does
 
 
 @pytest.mark.parametrize("completion, counts", table(
@@ -322,8 +322,10 @@ def test_language_without_a_word_list_is_refused():
     ("<think>9?27 no, wrong,\n3+4=8 wait,7?27 no, Wait! retry</think>", {"wrong": 1, "wait": 2, "retry": 1}, "counted, any case"),
     ("<think>mistake however but error verify evaluate check</think>",
      dict.fromkeys("mistake however but error verify evaluate check".split(), 1), "all of the paper's others"),
-    ("<think>8 halt,7 falsch, nochmal, prüfe Überprüfe</think>", dict.fromkeys("halt falsch nochmal prüfe überprüfe".split(), 1), "German"),
-    ("<think>warte, ein Fehler, aber jedoch bewerte</think>", dict.fromkeys("warte fehler aber jedoch bewerte".split(), 1), "more German"),
+    ("<think>8 halt,7 falsch, nochmal, prüfe Überprüfe Überprüfe</think>",
+     {"halt": 1, "falsch": 1, "nochmal": 1, "prüfe": 1, "überprüfe": 2}, "German"),
+    ("<think>warte, ein Fehler, aber jedoch bewerte</think>",
+     dict.fromkeys("warte fehler aber jedoch bewerte".split(), 1), "more German"),
     ("<think>waiting, buttons, checked, terror</think>", {}, "whole words only"),
     ("<think>no</think>\n<answer>wait</answer>", {}, "the answer is no thought"),
     ("check", {"check": 1}, "no tags at all"),
@@ -381,10 +383,11 @@ def test_reward_by_default_is_accuracy_and_a_tenth_of_format():
 
 
 def test_reward_measures_the_language_it_is_told():
-    assert reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET, language="de", language_weight=1.0)["reward"] == pytest.approx(2.1)
+    parts = reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET, language="de", language_weight=1.0)
+    assert parts["reward"] == pytest.approx(2.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- any string at all
+# ------------------------------------------------------------------------------------------------------------- any string at all
 
 
 @pytest.mark.parametrize("text", table(

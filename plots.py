@@ -1,0 +1,109 @@
+"""Every picture: the curve of one run, several runs side by side, and seeds of one setting as one line with a band.
+
+    python plots.py runs/zero                                              # writes runs/zero/curve.png, as training does at its end
+    python plots.py runs/zero runs/zero-seed1 runs/zero-seed2 --out docs/zero.png    # a line a run
+    python plots.py "runs/zero*" "runs/dr-grpo*" --mean --out compare.png  # quoted patterns: a line a pattern, mean and range of its runs
+"""
+
+import argparse
+import glob
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no window
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+
+PANELS = (  # title, metric of the training completions, held-out metric or None, share (drawn from 0 to 1) or not
+    ("accuracy", "accuracy", "eval_pass@1", True),
+    ("format", "format", "eval_format", True),
+    ("completion length (tokens)", "completion_tokens", "eval_completion_tokens", False),
+    ("backtracks per completion", "backtracks", "eval_backtracks", False),
+    ("reflection words per completion", "reflection_words", "eval_reflection_words", False),
+    ("completions that mix languages", "mixed", "eval_mixed", True),
+    ("truncated", "truncated", "eval_truncated", True),
+    ("entropy (nats per token)", "entropy", None, False),
+)
+
+
+def read_metrics(run) -> list[dict]:
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"got {run} without metrics.jsonl; expected the folder of a reinforcement learning run")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not any("accuracy" in row or "eval_pass@1" in row for row in rows):
+        raise ValueError(f"got {path} without accuracy or eval_pass@1; expected the log of train_countdown.py")
+    return rows
+
+
+def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps, and mean, smallest and largest value over the runs of one line at each step that all of them logged."""
+    logs = [{row["step"]: row[name] for row in rows if name in row} for rows in groups]
+    steps = sorted(set.intersection(*map(set, logs)))
+    values = [[log[step] for log in logs] for step in steps]
+    return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def plot_lines(lines: dict[str, list[list[dict]]], out) -> Path:
+    """One figure of eight panels against steps. Thin: the step's own training completions; dots: held-out puzzles."""
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), constrained_layout=True)
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (title, train, held_out, share) in zip(axes.flat, PANELS):
+        for i, (label, groups) in enumerate(lines.items()):
+            colour = colours[i % len(colours)]
+            steps, mean, low, high = series(groups, train)
+            axis.plot(steps, mean, color=colour, alpha=0.45 if held_out else 1, linewidth=1 if held_out else 1.5,
+                      label="train, each step" if len(lines) == 1 else None)
+            if held_out:
+                steps, mean, low, high = series(groups, held_out)
+                axis.plot(steps, mean, "o-", color=colour, markersize=4, label="held-out" if len(lines) == 1 else label)
+            if len(groups) > 1:
+                axis.fill_between(steps, low, high, color=colour, alpha=0.15)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        if share:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.set_ylim(-0.03, 1.03) if title != "truncated" else axis.set_ylim(bottom=0)
+        else:
+            axis.set_ylim(bottom=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    return out
+
+
+def plot_run(run) -> Path:
+    """RUN/curve.png."""
+    return plot_lines({Path(run).name: [read_metrics(run)]}, Path(run) / "curve.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, or quoted patterns with --mean")
+    parser.add_argument("--out", default="", help="PNG file; for a single run the default is its curve.png")
+    parser.add_argument("--mean", action="store_true", help="one line per argument: the mean of the runs that its pattern matches, with their range")
+    args = parser.parse_args()
+    try:
+        if len(args.runs) == 1 and not args.out and not args.mean:
+            print(plot_run(args.runs[0]))
+        elif not args.out:
+            parser.error("expected --out FILE.png for several runs")
+        elif args.mean:
+            lines = {pattern: [read_metrics(run) for run in sorted(glob.glob(pattern))] for pattern in args.runs}
+            if empty := [pattern for pattern, groups in lines.items() if not groups]:
+                parser.error(f"got {empty[0]!r}, which matches no run folder")
+            print(plot_lines(lines, args.out))
+        else:
+            print(plot_lines({Path(run).name: [read_metrics(run)] for run in args.runs}, args.out))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
