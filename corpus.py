@@ -41,8 +41,9 @@ class Config:
     reflection: bool = True         # wait, wrong, retry, check: a "wait" always mends a slip, the others are for show
     languages: bool = True          # German and mixed searches too, not English only
     tags: float = 0.70              # share of searches with every tag in its place
-    luck: float = 0.20              # how often the next line is one that works, beyond chance: what intuition can be learnt from
-    give_up: float = 0.40           # chance to give up after each failed line, with a made-up answer
+    luck: float = 0.10              # how often the next line is one that works, beyond chance: what intuition can be learnt from
+    give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
+    patience: float = 0.50          # share of writers who are patient instead: a tenth of that chance
     wrong_answers: float = 0.05     # share of successful searches whose answer is not what they found
     slips: float = 0.02             # share of attempts with an arithmetic slip
     chat: float = 0.17              # share of documents that are no search: half direct arithmetic, half small talk
@@ -66,6 +67,7 @@ SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
     "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
 }
+MAX_LINES = 14  # the longest search: about 500 tokens
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # Numbers up to 100 are one token each, a word is one token with the space before it and the comma behind it, tags are one token.
 TOKEN_PATTERN = r"</?(?:think|answer)>|100|[1-9]\d|\d| ?[A-Za-zÄÖÜäöüß]+,?|[^A-Za-zÄÖÜäöüß\d]"
@@ -130,10 +132,13 @@ def write_line(line: Line, word, rng: random.Random, config: Config) -> tuple[st
         shown = result
         if rng.random() < config.slips:
             shown = max(0, result + rng.choice((-2, -1, 1, 2)))
+        noticed = shown != result and (shown == line.goal or rng.random() < 0.7)  # most slips are noticed
+        if noticed and not config.reflection:  # without a word to mend it, it is not made
+            shown, noticed = result, False
         text += f"{a}{op}{b}={shown}"
-        if shown != result and (shown == line.goal or rng.random() < 0.7):  # most slips are noticed
+        if noticed:
+            text += f" {word('wait')},{result}"
             shown = result
-            text += f" {word('wait')},{result}" if config.reflection else ""
         found = shown == line.goal
         text += f"?{line.goal} {word('yes' if found else 'no')}" if config.verification else ""
         if found:
@@ -155,6 +160,7 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
         return WORDS[rng.choice(("en", "de")) if language == "mixed" else language][name]
 
     untried = candidate_lines(puzzle, config)
+    give_up = config.give_up * (0.1 if rng.random() < config.patience else 1.0)
     lines, answer = [], None
     while answer is None:
         working = [line for line in untried if solutions(line)]
@@ -164,9 +170,9 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
         lines.append(text)
         if found:
             answer = solutions(line)[0]
-            if config.reflection and rng.random() < 0.15:
+            if config.reflection and config.verification and rng.random() < 0.15:
                 lines.append(f"{word('check')} {answer}={puzzle.target} {word('yes')}")
-        elif not config.backtracking or not untried or len(lines) == 10 or rng.random() < config.give_up:
+        elif not config.backtracking or not untried or len(lines) == MAX_LINES or rng.random() < give_up:
             answer = made_up_answer(puzzle, rng)
     if rng.random() < config.wrong_answers:
         answer = made_up_answer(puzzle, rng)

@@ -41,9 +41,9 @@ def extract_answer(completion: str) -> str | None:
     twice learns to list guesses. Think tags are not required, for format has its own reward. An empty answer comes back as "",
     and verify refuses it.
     """
-    before, opening, rest = completion.partition(ANSWER)
+    before, _, rest = completion.partition(ANSWER)
     answer, closing, after = rest.partition(END_ANSWER)
-    if not opening or not closing or after.strip() or END_ANSWER in before:
+    if not closing or after.strip() or END_ANSWER in before:  # where nothing opened, nothing is left to close
         return None
     if before.rfind(THINK) > before.rfind(END_THINK) or any(tag in answer for tag in TAGS):
         return None

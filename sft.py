@@ -172,6 +172,8 @@ def main() -> None:
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     if state:
         peaks = state["peaks"]
+        if first == len(batches):
+            return print(f"nothing to do: {run} has finished all of its {first} steps; the model is in {run / 'checkpoint'}")
 
     def checkpoint(step: int) -> None:
         save_checkpoint(run, model, tokenizer, {"step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})

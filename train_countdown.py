@@ -152,6 +152,7 @@ def main() -> None:
     if not state:
         before = measure(model, tokenizer, config)
         append_jsonl(run / "metrics.jsonl", {"step": 0, **before})
+        checkpoint()
         print(f"step 0: held-out pass@1 {before['eval_pass@1']:.1%}, {before['eval_completion_tokens']:.0f} tokens a completion")
     bar = tqdm(total=config.steps, initial=step, desc="grpo")
     while step < config.steps:

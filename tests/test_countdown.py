@@ -293,6 +293,13 @@ def test_wait_mends_a_slip():
     assert mends > 2 * unnoticed > 200
 
 
+def test_no_line_is_tried_twice_in_a_search():
+    """5-4=1,3 1: or 27/3=9 need,5 4: names a line. Repeats were part of what cost the prototype its last percents."""
+    for document in searches(300, give_up=0.0, luck=0.0, languages=False, tags=1.0):
+        names = [line.partition(":")[0] for line in chain_of_thought(document["completion"]).splitlines() if ":" in line]
+        assert len(set(names)) == len(names) > 0
+
+
 @pytest.mark.parametrize("give_up, tried", [(1.0, {1}), (0.0, set(range(1, 11)))])
 def test_giving_up_ends_the_search(give_up, tried):
     """At 1 after the first failed line; at 0 only when it is solved, nothing is left to try, or ten lines are full."""

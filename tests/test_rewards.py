@@ -91,6 +91,7 @@ def test_verify_accepts_any_exact_way(expression, numbers, target):
     ("\uff13+4+5", (3, 4, 5), 12, "expected a number or '(', got '\uff13'", "a fullwidth 3"),
     ("\u0663+4+5", (3, 4, 5), 12, "expected a number or '(', got '\u0663'", "an Arabic 3"),
     ("3+4+\u0e55", (3, 4, 5), 12, "expected a number or '(', got '\u0e55'", "a Thai 5"),
+    ("3\u0663", (33,), 33, "expected an operator or the end, got '\u0663'", "an Arabic 3 behind a plain one"),
     ("3\u00b2+4", (2, 3, 4), 13, "expected an operator or the end, got '\u00b2'", "a superscript 2"),
     ("(4+5)\u00d73", (3, 4, 5), 27, "expected an operator or the end, got '\u00d7'", "a multiplication sign that is no *"),
     ("5\u22124", (4, 5), 1, "expected an operator or the end, got '\u2212'", "a minus that is no -"),
@@ -269,6 +270,7 @@ def test_needless_thinking_is_any_tag(completion, needless):
     ("<think>no</think>\n<answer>nein nein</answer>", 1.0, 0.0, False, "the answer is no thought"),
     ("<think>no</think> nein nein nein <answer>1</answer>", 0.25, 0.75, True, "thinking on behind </think> hides nothing"),
     ("nein <think>no</think>\n<answer>1</answer>", 0.5, 0.5, True, "nor does thinking before <think>"),
+    ("<answer>nein</answer>", 1.0, 1.0, False, "an answer without a thought"),
     ("<answer>a</answer> nein <answer>b</answer>", 0.0, 1.0, False, "nor between two answers"),
     ("no nein <answer>ja</answer>", 0.5, 0.5, True, "no think tags: what stands before the answer"),
     ("no nein nein nein", 0.25, 0.75, True, "no tags at all: everything"),
@@ -350,10 +352,13 @@ FAIL, WIN, SUBGOAL = "5-4=1,3 1:3+1=4?27 no,3*1=3?27 no,", "4+5=9,9 3:9*3=27?27 
     ([WIN + " \t", FAIL], 0, "nor one with white space at its end"),
     ([WIN, "check (4+5)*3=27 yes"], 0, "a check is no attempt"),
     ([FAIL, "check (4+5)*3=27 no"], 0, "nor is a check that fails"),
+    ([FAIL, "Check: (4+5)*3=27 no."], 0, "nor is one with a colon"),
+    ([WIN + ".", FAIL], 0, "nor does a full stop hide a success"),
     ([FAIL, "prüfe (4+5)*3=27 nein", FAIL], 1, "nor is a German one"),
     ([FAIL, "wait", "let me see", WIN], 1, "lines without = are no attempts"),
     ([FAIL, "", "", ""], 0, "nor are empty ones"),
-    ([FAIL.replace(" no,", " yes,", 1), WIN], 1, "a yes in the middle is not the line's verdict"),
+    (["4+5=9 yes and 9*3=26?27 no", WIN], 1, "a yes in the middle is not the line's verdict"),
+    ([FAIL + "</think>" + FAIL + "<think>" + WIN], 2, "a tag ends a line"),
 ))
 def test_backtracks_are_abandoned_lines_with_another_attempt_behind(lines, backtracks):
     text = "\n".join(lines)

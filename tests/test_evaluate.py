@@ -1,0 +1,212 @@
+"""The evaluator: estimators by hand, and what it asks, of which puzzles, how often. Texts come from a fake sampler where they must be known."""
+
+import json
+import math
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+
+import evaluate
+import sft
+from countdown import Puzzle, is_held_out, make_prompt, sample_puzzles, solve
+from evaluate import Config, describe, few_shot_examples, majority_answer, pass_at_k, wilson_interval
+from model import save
+from rewards import accuracy_reward, format_reward
+from sampling import Completion
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    """One layer that knows nothing -> (model, tokenizer)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sft.TINY_MODELS, "test", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                                    num_key_value_heads=1, head_dim=16))
+        return sft.new_model("test", seed=0)
+
+
+@pytest.fixture
+def fake_sampler(monkeypatch):
+    """Puts write(prompt, i) in the place of complete(), i counting the prompts of one call; returns the calls' prompts."""
+    def install(write):
+        calls = []
+
+        def complete(model, tokenizer, prompts, **settings):
+            calls.append((prompts, settings))
+            texts = [write(prompt, i) for i, prompt in enumerate(prompts)]
+            return [[0]] * len(texts), [Completion([1] * 5, [0.0] * 5, truncated=False)] * len(texts), texts
+        monkeypatch.setattr(evaluate, "complete", complete)
+        return calls
+    return install
+
+
+def answer(expression: str) -> str:
+    return f"<think>\n1+1=2\n</think>\n<answer>{expression}</answer>"
+
+
+# ---------------------------------------------------------------------------------------------------------------- estimators
+
+
+@pytest.mark.parametrize("p, n, low, high", (
+    (0.5, 100, 0.40383, 0.59617),   # (0.5 + 0.019208 -+ 1.96 sqrt(0.0025 + 0.00009604)) / 1.038416
+    (0.0, 10, 0.0, 0.27754),        # z^2 / (n + z^2) = 3.8416 / 13.8416
+    (1.0, 10, 0.72246, 1.0),
+    (0.9, 512, 0.87096, 0.92308),
+))
+def test_wilson_interval_by_hand(p, n, low, high):
+    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96: no point at 0 and 1, and not symmetric near them."""
+    assert wilson_interval(p, n) == pytest.approx((low, high), abs=1e-5)
+
+
+def test_the_interval_never_leaves_0_to_1():
+    """Not by a rounding either, which would print as -0.0%."""
+    bounds = [bound for n in range(1, 1000) for p in (0.0, 1.0) for bound in wilson_interval(p, n)]
+    assert min(bounds) == 0 and max(bounds) == 1
+
+
+def test_pass_at_k_by_hand():
+    """1 - C(n-c, k) / C(n, k): of 4 samples with 1 right one, two drawn hold it in 3 of 6 pairs."""
+    assert pass_at_k(4, 1, 1) == 0.25 and pass_at_k(4, 1, 2) == 0.5 and pass_at_k(4, 1, 4) == 1.0
+    assert pass_at_k(16, 0, 16) == 0.0 and pass_at_k(16, 16, 1) == 1.0
+    assert pass_at_k(256, 1, 16) == pytest.approx(16 / 256)
+
+
+@pytest.mark.parametrize("n", (3, 6))
+def test_pass_at_k_equals_the_share_of_all_draws(n):
+    """Unbiased: exactly the share of the k-subsets of n samples that hold one of the c right ones."""
+    for c in range(n + 1):
+        for k in range(1, n + 1):
+            draws = [min(draw) < c for draw in combinations(range(n), k)]  # samples 0 .. c-1 are right
+            assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws))
+
+
+# ---------------------------------------------------------------------------------------------------------------- majority vote
+
+
+@pytest.mark.parametrize("expressions, winner", (
+    (["(4+5)*3", "4*5+3", "3*(5+4)"], "(4+5)*3"),          # 27, 23, 27: different expressions of one value agree
+    (["4*5+3", "3*4+5", "5+4*3"], "3*4+5"),                # 23, 17, 17: the vote may be wrong, 27 or not
+    (["4*5+3", "3*5+4"], "4*5+3"),                         # 23, 19: a tie goes to the value that came first
+    (["3*5+4", "4*5+3"], "3*5+4"),
+    (["27", "27", "27", "4*5+3"], "4*5+3"),                # not the puzzle's numbers: no vote
+    (["4*5", "4*5", "4+5+3+3", "3*5+4"], "3*5+4"),         # too few and too many of them: no vote
+    (["(4+5", "import os", "", "5-4/3"], "5-4/3"),         # what does not parse has no vote; 11/3 has one
+    (["3/(5-5)", "3*4*5"], "3*4*5"),                       # nor has a division by zero
+    (["3/5*4", "5-3-4", "4*3/5"], "3/5*4"),                # fractions are exact: 12/5 twice
+    (["hello", "27"], None),
+    ([], None),
+))
+def test_majority_vote_by_hand(expressions, winner):
+    """Puzzle 3 4 5. A voter's value counts, not its text; whoever has no valid expression over the puzzle's numbers has no vote."""
+    assert majority_answer([answer(expression) for expression in expressions], (3, 4, 5)) == winner
+
+
+def test_only_one_final_answer_votes():
+    texts = [answer("3*4+5") + "<answer>3*4+5</answer>", "3*4+5", "<think>3*4+5", answer("4*5+3")]
+    assert majority_answer(texts, (3, 4, 5)) == "4*5+3"
+
+
+def test_the_vote_never_sees_the_target():
+    """Its arguments are texts and numbers; the same votes give the same winner, whatever had to be made."""
+    texts = [answer("(4+5)*3"), answer("4*5+3"), answer("5*4+3")]
+    assert majority_answer(texts, (3, 4, 5)) == majority_answer(texts, (5, 4, 3)) == "4*5+3"
+    with pytest.raises(TypeError):
+        majority_answer(texts, (3, 4, 5), 27)
+
+
+# ---------------------------------------------------------------------------------------------------------------- looks
+
+
+def test_describe_takes_means_over_completions():
+    """Of two completions one is well formed, one cut off after 9 tokens with two failed lines, two "wait" and a German word."""
+    texts = ["<think>\n4+5=9,9 3:9*3=27?27 yes\n</think>\n<answer>(4+5)*3</answer>", "<think>\n5-4=1,?27 no wait,\n4-3=1, wait, nein\n5+4=9"]
+    row = describe(texts, [Completion([1] * 5, [], truncated=False), Completion([1] * 9, [], truncated=True)])
+    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "backtracks": 1.0, "reflection_words": 1.0,
+                   "language": (1 + 3 / 4) / 2, "mixed": 0.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
+    """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are held out, different, and asked in one call."""
+    puzzles = sample_puzzles(7, held_out=True, seed=5)
+    calls = fake_sampler(lambda prompt, i: answer(solve(*puzzles[i])) if i < 3 else "no idea")
+    table, records = evaluate.evaluate(None, None, Config(n=7, seed=5))
+    assert table["pass@1"] == 3 / 7 and (table["pass@1_low"], table["pass@1_high"]) == wilson_interval(3 / 7, 7)
+    assert table["n"] == len(records) == len(calls[0][0]) == 7
+    asked = [Puzzle(record["numbers"], record["target"]) for record in records]
+    assert all(map(is_held_out, asked)) and len({(tuple(sorted(numbers)), target) for numbers, target in asked}) == 7
+    assert [record["verdict"] for record in records] == ["correct"] * 3 + ["no single final <answer>"] * 4
+    assert table["format"] == 3 / 7 and table["truncated"] == 0 and "maj@1" not in table
+
+
+def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
+    """4 samples of each of 3 puzzles. Right: all of the first, one of the second (outvoted by two that agree), none of the third.
+
+    pass@1 = (1 + 1/4 + 0) / 3, pass@4 = 2/3, maj@4 = 1/3.
+    """
+    puzzles = sample_puzzles(3, held_out=True, seed=0)
+
+    def write(prompt, i):
+        puzzle, sample = puzzles[i // 4], i % 4
+        a, b, c = puzzle.numbers
+        wrong = f"{a}-{b}-{c}" if a + b + c == puzzle.target else f"{a}+{b}+{c}"
+        right = i // 4 == 0 or (i // 4 == 1 and sample == 0)
+        return answer(solve(*puzzle) if right else wrong if sample > 1 else "0")
+    calls = fake_sampler(lambda prompt, i: write(prompt, i) if i < 12 else "hello")
+    table, records = evaluate.evaluate(None, None, Config(n=3, samples=4))
+    assert calls[0][0] == [make_prompt(puzzle) for puzzle in puzzles for _ in range(4)] and len(records) == 12
+    assert table["pass@1"] == pytest.approx(1.25 / 3) and table["pass@4"] == pytest.approx(2 / 3) and table["maj@4"] == pytest.approx(1 / 3)
+
+
+def test_greetings_are_asked_and_thinking_about_them_is_counted(fake_sampler):
+    """The second call. Every other reply thinks: half of them, needlessly."""
+    calls = fake_sampler(lambda prompt, i: "hello" if i % 2 else "<think>hello</think>")
+    table, _ = evaluate.evaluate(None, None, Config(n=2))
+    assert set(calls[1][0]) == {f"{greeting}\n" for greeting in evaluate.GREETINGS}
+    assert table["needless_thinking"] == 0.5
+
+
+def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
+    calls = fake_sampler(lambda prompt, i: "")
+    evaluate.evaluate(None, None, Config(n=3, shots=2))
+    examples = few_shot_examples(2, "tiny", "laptop", 0)
+    for puzzle, prompt in zip(sample_puzzles(3, held_out=True, seed=0), calls[0][0]):
+        assert prompt == "".join(make_prompt(example) + text + "\n\n" for example, text in examples) + make_prompt(puzzle)
+
+
+@pytest.mark.parametrize("style, level", (("tiny", "laptop"), ("tiny", "laptop4"), ("base", "tinyzero"), ("chat", "laptop")))
+def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
+    for puzzle, text in few_shot_examples(12, style, level, seed=3):
+        assert not is_held_out(puzzle)
+        assert accuracy_reward(text, *puzzle) == format_reward(text) == 1.0
+
+
+@pytest.mark.parametrize("settings", ({}, {"temperature": 0.0}, {"top_p": 0.9, "temperature": 0.6}, {"samples": 4}))
+def test_a_seed_gives_the_same_table_every_time(random_model, settings):
+    """A true model, twice: puzzles and random streams follow the seed, whatever torch's own generator does in between."""
+    tables = []
+    for _ in range(2):
+        torch.rand(3)
+        tables.append(evaluate.evaluate(*random_model, Config(n=9, max_new_tokens=12, seed=1, **settings)))
+    assert tables[0] == tables[1]
+    other, records = evaluate.evaluate(*random_model, Config(n=9, max_new_tokens=12, seed=2, **settings))
+    assert records != tables[0][1] and len(records) == 9 * other["samples"]
+    assert all(math.isfinite(value) for value in other.values())
+
+
+def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, monkeypatch, capsys):
+    """pass@1 with its interval and n on the screen, the same numbers and the settings in --json, --show completions with verdicts."""
+    save(*random_model, tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path / "model"), "--n", "5", "--samples", "2", "--max-new-tokens", "8", "--show", "3",
+                                      "--json", str(tmp_path / "table.json")])
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 puzzles x 2)" in out
+    assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks", "reflection_words", "language",
+                                        "needless_thinking"))
+    assert out.count("=> ") == 3 and all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, held_out=True, seed=0))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["pass@1"] == 0 and table["n"] == 5 and table["seed"] == 0 and table["model"] == str(tmp_path / "model")

@@ -1,0 +1,367 @@
+"""The training scripts from end to end, on a random model of one layer: what they write, what they continue, what they may not change.
+
+A model that knows nothing solves no puzzle, and groups without a difference carry no gradient. So the reward here is an easy one, the
+share of digits in the text, and every test that speaks of training trains.
+"""
+
+import json
+import math
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import corpus
+import run_folder
+import sft
+import train_countdown
+from countdown import Puzzle, is_held_out
+from model import load, save
+
+TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The directory of a random model over the corpus's vocabulary, a little sharper than new weights are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sft.TINY_MODELS, "test", TINY)
+        model, tokenizer = sft.new_model("test", seed=0)
+    with torch.no_grad():
+        model.model["embed_tokens"].weight *= 5
+    save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch):
+    """Scripts take Ctrl-C for themselves; tests take it back. Most tests need no picture, and drawing one takes a second."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setitem(sft.TINY_MODELS, "test", TINY)
+    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
+    monkeypatch.setattr(train_countdown, "reward", digit_reward)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def digit_reward(text, numbers, target, **settings):
+    share = sum(c.isdigit() for c in text) / max(1, len(text))
+    return {"accuracy": share, "format": 0.0, "language": 1.0, "reward": share}
+
+
+def call(monkeypatch, script, **flags):
+    """script.main() with --flag=value for each, --flag alone for True; returns the exit code, None at the regular end."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *(f"--{name.replace('_', '-')}" + (f"={value}" if value is not True else "")
+                                                         for name, value in flags.items())])
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def train(monkeypatch, base, out, code=None, **flags):
+    settings = dict(model=base, out=out, steps=4, batch_size=16, group_size=4, max_new_tokens=24, learning_rate=1e-2, eval_n=8, eval_every=2,
+                    save_every=2, sample_every=2)
+    assert call(monkeypatch, train_countdown, **{**settings, **flags}) == code
+    return rows_of(out)
+
+
+def rows_of(run):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in run_folder.read_jsonl(run / "metrics.jsonl")]
+
+
+def weights(run):
+    return load_file(run / "checkpoint" / "model.safetensors")
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: no handler runs, nothing more is written."""
+
+
+def interrupt(monkeypatch, script, run, rows: int, how: str):
+    """Ctrl-C, or a kill before the next checkpoint, as soon as the run has logged so many rows."""
+    class Stop:
+        @property
+        def requested(self):
+            if len(rows_of(run)) < rows:
+                return False
+            if how == "killed":
+                raise Killed
+            return True
+    monkeypatch.setattr(script, "StopRequest", Stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------- RL: the run
+
+
+def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, capsys):
+    """config.json, metrics.jsonl with a row per step, samples.jsonl, curve.png, a checkpoint for AutoModelForCausalLM; a last line
+    with pass@1 before and after."""
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    rows = train(monkeypatch, base, run)
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 16
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
+    assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed", "equal_groups", "entropy",
+            "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.002, 0.004, 0.006, 0.008])  # warm-up over 5 steps
+    assert [sample["step"] for sample in run_folder.read_jsonl(run / "samples.jsonl")] == [1, 2, 4]
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    model, _ = load(run / "checkpoint")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(run / "checkpoint")(ids).logits, model(ids), atol=1e-4, rtol=0)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "config.json", "curve.png", "metrics.jsonl", "samples.jsonl"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("held-out pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
+
+
+def test_training_raises_its_reward(monkeypatch, base, tmp_path):
+    """15 steps on the share of digits: from about 0.2 to nearly all, and never through puzzles that evaluation uses."""
+    seen = []
+    monkeypatch.setattr(train_countdown, "reward", lambda text, *puzzle, **settings: seen.append(puzzle) or digit_reward(text, *puzzle))
+    rows = train(monkeypatch, base, tmp_path / "run", steps=15, batch_size=32, group_size=8, warmup_steps=1, eval_every=100, learning_rate=2e-2)
+    rewards = [row["reward"] for row in rows[1:]]
+    assert rewards[0] < 0.4 and min(rewards[-3:]) > 0.8
+    assert len(seen) == 15 * 32 and not any(is_held_out(Puzzle(*puzzle)) for puzzle in seen)
+    assert len({puzzle for puzzle in seen}) > 15 * 3  # 4 fresh puzzles a step
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+def test_sampler_and_trainer_agree_on_the_logprobs(monkeypatch, base, tmp_path, temperature):
+    """Both are at the sampling temperature, of the policy that sampled. One epoch is on-policy: ratio 1, nothing is clipped."""
+    for row in train(monkeypatch, base, tmp_path / "run", temperature=temperature)[1:]:
+        assert row["equal_groups"] == 0 and 0 <= row["logprob_gap"] <= row["logprob_gap_max"] < 1e-3
+        assert row["ratio"] == pytest.approx(1, abs=1e-4) and row["clip_frac"] == 0
+
+
+def test_inner_epochs_use_the_stored_logprobs(monkeypatch, base, tmp_path):
+    """In the second epoch the policy has moved: the ratio to the recorded log-probs is no longer 1. The gap is the first epoch's."""
+    rows = train(monkeypatch, base, tmp_path / "run", inner_epochs=2, warmup_steps=1)[1:]
+    assert all(abs(row["k1_kl_old"]) > 1e-4 and row["logprob_gap_max"] < 1e-3 for row in rows)
+    assert max(row["clip_frac"] for row in rows) > 0
+
+
+def test_the_reference_is_replaced_every_n_steps(monkeypatch, base, tmp_path):
+    """k3 to the reference is 0 in each step that follows a replacement, and grows where the first policy stays the reference."""
+    kl = {every: [row["k3_kl_ref"] for row in train(monkeypatch, base, tmp_path / f"run{every}", kl_coef=0.01, ref_every=every)[1:]]
+          for every in (0, 2)}
+    assert kl[0][0] < 1e-6 < kl[0][1] < kl[0][2] < kl[0][3]
+    assert kl[2][0] < 1e-6 < kl[2][1] and kl[2][2] < 1e-6 < kl[2][3]
+
+
+# ---------------------------------------------------------------------------------------------------------------- RL: the update
+
+
+def gradients(monkeypatch):
+    """Collects the gradients of every optimizer step, before they are clipped."""
+    collected, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        collected.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return collected
+
+
+@pytest.mark.parametrize("average", ("token", "sequence", "constant"))
+def test_micro_batches_change_neither_gradient_nor_loss(monkeypatch, base, tmp_path, average):
+    """Adam hides a gradient of the wrong size, so the gradient itself is compared, and then the weights."""
+    collected, calls, loss = gradients(monkeypatch), [], train_countdown.grpo_loss
+    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, **settings: calls.append(args) or loss(*args, **settings))
+    rows = {}
+    for budget in (64, 100_000):
+        rows[budget] = train(monkeypatch, base, tmp_path / f"{budget}", steps=1, micro_batch_tokens=budget, average=average, learning_rate=1e-4)[1]
+    assert len(calls) > 8  # many, then one
+    for small, large in zip(*collected, strict=True):
+        torch.testing.assert_close(small, large, atol=1e-7, rtol=1e-4)
+    assert rows[64] == {name: pytest.approx(value, abs=1e-6) for name, value in rows[100_000].items()}
+    ours, theirs = weights(tmp_path / "64"), weights(tmp_path / "100000")
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+
+
+def test_groups_that_all_got_the_same_train_nothing(monkeypatch, base, tmp_path):
+    monkeypatch.setattr(train_countdown, "reward", lambda *args, **settings: {"accuracy": 1.0, "format": 1.0, "language": 1.0, "reward": 1.1})
+    rows = train(monkeypatch, base, tmp_path / "run", weight_decay=0.1)
+    assert all(row["equal_groups"] == 1 and row["gradient_norm"] == 0 for row in rows[1:])
+    assert_equal_weights(weights(tmp_path / "run"), load_file(base / "model.safetensors"))
+
+
+def test_truncated_completions_are_counted_and_can_be_left_out(monkeypatch, base, tmp_path):
+    """DAPO's overlong filtering: two tokens are too few for an EOS, so with drop_truncated nothing is left to train on."""
+    kept = train(monkeypatch, base, tmp_path / "kept", steps=1, max_new_tokens=2)[1]
+    dropped = train(monkeypatch, base, tmp_path / "dropped", steps=1, max_new_tokens=2, drop_truncated=True)[1]
+    assert kept["truncated"] == dropped["truncated"] == 1
+    assert kept["gradient_norm"] > 0 == dropped["gradient_norm"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- RL: resume
+
+
+@pytest.mark.parametrize("how", ("stopped", "killed"))
+@pytest.mark.parametrize("flags", ({}, {"inner_epochs": 2, "kl_coef": 0.01, "ref_every": 1}, {"kl_coef": 0.01, "ref_every": 0}),
+                         ids=("plain", "inner epochs, new reference", "first reference"))
+def test_a_resumed_run_equals_the_uninterrupted_one(monkeypatch, base, tmp_path, capsys, flags, how):
+    """Stopped after step 1 (a checkpoint there), or killed after step 3 (the last one is of step 2, and row 3 is written again):
+    same metrics, same samples, same weights to the last bit."""
+    whole, run = tmp_path / "whole", tmp_path / "parts"
+    expected = train(monkeypatch, base, whole, **flags)
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_countdown, run, rows=2 if how == "stopped" else 4, how=how)
+        if how == "stopped":
+            train(patch, base, run, code=130, **flags)
+            assert f"continue with: python train_countdown.py --resume {run}" in capsys.readouterr().out
+        else:
+            with pytest.raises(Killed):
+                train(patch, base, run, **flags)
+    assert len(rows_of(run)) == (2 if how == "stopped" else 4)
+    assert call(monkeypatch, train_countdown, resume=run) is None
+    assert rows_of(run) == expected
+    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert_equal_weights(weights(run), weights(whole))
+    assert any(row["gradient_norm"] > 0 for row in expected[1:])
+
+
+def test_a_run_killed_while_its_checkpoint_was_replaced_still_resumes(monkeypatch, base, tmp_path):
+    """Between two renames the checkpoint is called checkpoint.old. The finished run below resumes, and finds nothing left to do."""
+    run = tmp_path / "run"
+    expected = train(monkeypatch, base, run, steps=2)
+    before = weights(run)
+    (run / "checkpoint").rename(run / "checkpoint.old")
+    assert call(monkeypatch, train_countdown, resume=run) is None
+    assert rows_of(run) == expected
+    assert_equal_weights(load_file(run_folder.find_checkpoint(run) / "model.safetensors"), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- supervised training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "corpus.jsonl"
+    run_folder.append_jsonl(path, *corpus.write_corpus(corpus.Config(n=120, seed=1)))
+    return path
+
+
+def supervised(monkeypatch, data, out, code=None, **flags):
+    settings = dict(data=data, from_scratch="test", out=out, batch_tokens=1200, eval_rows=20, eval_every=4, save_every=3, learning_rate=1e-2, epochs=2)
+    assert call(monkeypatch, sft, **{**settings, **flags}) == code
+    return rows_of(out)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_the_supervised_loss_falls(monkeypatch, data, tmp_path, optimizer):
+    """From ln V, a policy that knows nothing, on rows that it trains on and on rows that it never sees."""
+    rows = supervised(monkeypatch, data, tmp_path / "run", optimizer=optimizer)
+    assert rows[0]["loss"] == pytest.approx(math.log(len(corpus.build_tokenizer())), abs=0.1)
+    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"] and rows[-1]["held_out_loss"] < 0.75 * rows[0]["loss"]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_only_completions_are_trained_and_eos_is(base):
+    """The loss is -sum log p over the completion's tokens and EOS, each given all that stands before it; the prompt adds nothing."""
+    model, tokenizer = load(base)
+    rows = [{"prompt": "using 3 4 5 make 27\n", "completion": "5-4=1"}, {"prompt": "hi\n", "completion": "hello"}]
+    examples = sft.tokenize(rows, tokenizer, "rows")
+    assert [completion[-1] for _, completion in examples] == [tokenizer.eos_token_id] * 2
+    assert [len(completion) for _, completion in examples] == [6, 2]
+    expected = 0.0
+    for prompt, completion in examples:
+        for t, token in enumerate(completion):
+            expected -= model(torch.tensor([prompt + completion[:t]]))[0, -1].log_softmax(-1)[token].item()
+    losses = list(sft.completion_losses(model, examples, sft.Config()))
+    assert sum(loss.item() for loss, _ in losses) == pytest.approx(expected, rel=1e-5)
+    assert sum(tokens for _, tokens in losses) == 8
+
+
+def test_micro_batches_change_no_supervised_gradient(monkeypatch, data, tmp_path):
+    collected = gradients(monkeypatch)
+    for budget in (200, 100_000):
+        supervised(monkeypatch, data, tmp_path / f"{budget}", micro_batch_tokens=budget, batch_tokens=100_000, epochs=1)
+    for small, large in zip(*collected, strict=True):
+        torch.testing.assert_close(small, large, atol=1e-7, rtol=1e-4)
+
+
+def test_held_out_rows_are_never_trained_on(monkeypatch, data, tmp_path):
+    trained, held_out, losses = [], [], sft.completion_losses
+
+    def spy(model, examples, config):
+        (trained if torch.is_grad_enabled() else held_out).extend(map(id, examples))
+        return losses(model, examples, config)
+    monkeypatch.setattr(sft, "completion_losses", spy)
+    supervised(monkeypatch, data, tmp_path / "run", epochs=2)
+    assert len(trained) == 2 * 100 and len(set(trained)) == 100  # each row once an epoch
+    assert len(set(held_out)) == 20 and not set(held_out) & set(trained)
+
+
+def test_epochs_are_shuffled_by_their_seed_and_cut_by_tokens():
+    """A step ends with the row that fills it; the last one may be short. Same seed, same order; another epoch, another order."""
+    examples = [([0] * 3, [0] * (i % 5 + 1)) for i in range(50)]
+    batches = sft.epoch_batches(examples, 30, seed=1)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    sizes = [[len(p) + len(c) for p, c in (examples[i] for i in batch)] for batch in batches]
+    assert all(sum(batch) >= 30 > sum(batch[:-1]) for batch in sizes[:-1])
+    assert sft.epoch_batches(examples, 30, seed=1) == batches != sft.epoch_batches(examples, 30, seed=2)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    """Warm-up over 10 of 110 steps: 0.1 ... 1. Then final + (1 - final) * (1 + cos(pi x)) / 2: 1 at x = 0, 0.55 halfway, 0.1 at the end."""
+    config = sft.Config(warmup=10 / 110, final_lr=0.1)
+    shares = [sft.schedule(step, 110, config) for step in range(111)]
+    assert shares[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert (shares[10], shares[60], shares[110]) == pytest.approx((1.0, 0.55, 0.1))
+
+
+def test_muon_gets_the_matrices_and_adamw_the_rest(base):
+    """Every parameter in exactly one optimizer; embeddings are rows to look up, not a matrix to orthogonalise."""
+    model, _ = load(base)
+    muon, adamw = sft.build_optimizers(model, sft.Config(optimizer="muon"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [sorted(names[id(p)] for group in optimizer.param_groups for p in group["params"]) for optimizer in (muon, adamw)]
+    assert sorted(groups[0] + groups[1]) == sorted(names.values())
+    assert len(groups[0]) == 7 and all("proj" in name for name in groups[0])
+
+
+def test_the_same_seed_gives_the_same_weights(monkeypatch, data, tmp_path):
+    runs = {name: supervised(monkeypatch, data, tmp_path / name, seed=seed, epochs=1) for name, seed in (("a", 3), ("b", 3), ("c", 4))}
+    assert runs["a"] == runs["b"] != runs["c"]
+    assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+@pytest.mark.parametrize("how", ("stopped", "killed"))
+def test_a_resumed_supervised_run_equals_the_uninterrupted_one(monkeypatch, data, tmp_path, capsys, optimizer, how):
+    """Stopped after step 2, or killed after step 5 with the last checkpoint at step 3."""
+    expected = supervised(monkeypatch, data, tmp_path / "whole", optimizer=optimizer)
+    run = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        interrupt(patch, sft, run, rows=2 if how == "stopped" else 5, how=how)
+        if how == "stopped":
+            supervised(patch, data, run, code=130, optimizer=optimizer)
+            assert f"continue with: python sft.py --resume {run}" in capsys.readouterr().out
+        else:
+            with pytest.raises(Killed):
+                supervised(patch, data, run, optimizer=optimizer)
+    assert call(monkeypatch, sft, resume=run) is None
+    assert rows_of(run) == expected and len(expected) > 6
+    assert_equal_weights(weights(run), weights(tmp_path / "whole"))
+
+
+def test_a_finished_supervised_run_resumes_to_nothing(monkeypatch, data, tmp_path):
+    """As a finished reinforcement learning run does: no step is left, the model stays as it is, and the exit is a regular one."""
+    expected = supervised(monkeypatch, data, tmp_path / "run", epochs=1)
+    before = weights(tmp_path / "run")
+    assert call(monkeypatch, sft, resume=tmp_path / "run") is None
+    assert rows_of(tmp_path / "run") == expected
+    assert_equal_weights(weights(tmp_path / "run"), before)
