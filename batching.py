@@ -1,4 +1,4 @@
-"""Token lists -> padded batches -> log-probs of their completions. Supervised and reinforcement training share this room.
+"""Token lists -> padded batches -> log-probs of completions. Supervised and reinforcement training share this room.
 
 Shapes: B sequences, T tokens (prompt and completion, padded on the right), V vocabulary.
 """
@@ -7,12 +7,13 @@ import torch
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped so that rows of like length stand together and rows * longest row <= token_budget (a row longer than it: alone).
+    """Indices in groups of rows of like length, rows * longest row <= token_budget (a row longer than that: alone).
 
-    A memory and speed setting only: losses are summed over the step's tokens, so the grouping never changes the gradient.
+    A memory and speed setting only: losses are summed over the step's tokens, so grouping never changes the gradient.
     """
     groups, group = [], []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):  # ascending, so this row is the group's longest
+    ascending = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for index in ascending:  # so this row is the group's longest
         if group and (len(group) + 1) * lengths[index] > token_budget:
             groups.append(group)
             group = []
@@ -29,10 +30,10 @@ def pad_rows(rows: list[list[float]], value, *, dtype, device="cpu"):
 def pad_batch(prompts: list[list[int]], completions: list[list[int]], *, pad_id: int = 0, device="cpu"):
     """-> input_ids (B, T), mask (B, T-1). mask[b, t] is 1 where input_ids[b, t+1] is a completion token, EOS included.
 
-    The mask comes from lengths. Comparing ids with the pad id instead would drop the EOS of every tokenizer that pads with EOS.
+    The mask comes from lengths. Comparing ids with the pad id would drop the EOS of every tokenizer that pads with EOS.
     """
-    input_ids = pad_rows([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], pad_id,
-                         dtype=torch.long, device=device)  # (B, T)
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    input_ids = pad_rows(rows, pad_id, dtype=torch.long, device=device)  # (B, T)
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None] - 1
     stops = starts + torch.tensor([len(completion) for completion in completions], device=device)[:, None]
     columns = torch.arange(input_ids.shape[1] - 1, device=device)[None]
@@ -40,10 +41,10 @@ def pad_batch(prompts: list[list[int]], completions: list[list[int]], *, pad_id:
 
 
 def token_logprobs(model, input_ids, temperature: float = 1.0):
-    """Log-probs (nats) that the model gives input_ids[:, 1:], at the sampling temperature -> logprobs (B, T-1), entropy (B, T-1).
+    """Log-probs (nats) that the model gives input_ids[:, 1:] at this temperature -> logprobs, entropy, each (B, T-1).
 
-    The temperature is the sampler's: the policy that RL improves is the one that samples, softmax(logits / temperature). The entropy
-    is of the full vocabulary, without gradient.
+    The temperature is the sampler's: the policy that RL improves is the one that samples,
+    softmax(logits / temperature). The entropy is of the full vocabulary, without gradient.
     """
     logits = model(input_ids[:, :-1]).float()  # (B, T-1, V)
     if temperature != 1.0:

@@ -1,11 +1,11 @@
-"""How fast: our sampler against transformers.generate, and our whole training step against TRL's GRPOTrainer, side by side.
+"""How fast: our sampler against transformers.generate, our whole training step against TRL's GRPOTrainer, side by side.
 
-The workload is the quickstart's own: 256 completions of 16 train puzzles (16 each), at most 320 new tokens, temperature 1, fp32, the
-same weights and the same machine in the same run. Runs alternate, so a machine that slows down slows both; the ratio is what to read.
-Only completion tokens count, EOS included and padding not.
+The workload is the quickstart's own: 256 completions of 16 train puzzles (16 each), at most 320 new tokens, temperature
+1, fp32, the same weights and the same machine in the same run. Runs alternate, so a machine that slows down slows both;
+the ratio is what to read. Only completion tokens count, EOS included and padding not.
 
-    python benchmark.py                       # sampler, and the step if TRL is installed: pip install trl; 4 minutes on 2 cores
-    python benchmark.py --no-trl              # the sampler alone, 1 minute
+    python benchmark.py           # sampler, and the step if TRL is installed: pip install trl; 4 minutes on 2 cores
+    python benchmark.py --no-trl  # the sampler alone, 1 minute
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ class Config:
     group_size: int = 16             # completions of each
     max_new_tokens: int = 320        # limit of a completion
     repeats: int = 5                 # alternating runs of each sampler; the medians are compared
-    steps: int = 4                   # training steps of each trainer in each of two rounds; the first of a round is not counted
+    steps: int = 4                   # training steps per trainer and round, of two; the first of a round is not counted
     trl: bool = True                 # compare the whole step with TRL, if it is installed
     seed: int = 0
 
@@ -45,10 +45,12 @@ def time_generate(hf_model, tokenizer, prompts: list[str], config: Config) -> tu
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
     started = time.perf_counter()
     with torch.no_grad():
-        output = hf_model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=config.max_new_tokens,
-                                   pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        output = hf_model.generate(**inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                                   max_new_tokens=config.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                                   eos_token_id=tokenizer.eos_token_id)
     seconds = time.perf_counter() - started
-    ended = (output[:, inputs["input_ids"].shape[1]:] == tokenizer.eos_token_id).int().cumsum(1)  # 0 before EOS, 1 from it on
+    completions = output[:, inputs["input_ids"].shape[1]:]
+    ended = (completions == tokenizer.eos_token_id).int().cumsum(1)  # 0 before EOS, 1 from it on
     return int((ended == 0).sum() + (ended[:, -1] > 0).sum()), seconds
 
 
@@ -61,22 +63,24 @@ def time_sampler(model, tokenizer, prompts: list[str], config: Config, seed: int
 def time_our_steps(config: Config, directory: Path) -> list[float]:
     """train_countdown.py as a user runs it -> tokens per second of each step but the first, from its own log."""
     out = directory / f"ours-{time.time()}"
-    flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8, "--group-size": config.group_size,
-             "--batch-size": config.prompts * config.group_size, "--max-new-tokens": config.max_new_tokens}
-    subprocess.run([sys.executable, "train_countdown.py", *(str(word) for pair in flags.items() for word in pair)], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8,
+             "--group-size": config.group_size, "--batch-size": config.prompts * config.group_size,
+             "--max-new-tokens": config.max_new_tokens}
+    subprocess.run([sys.executable, "train_countdown.py", *(str(word) for pair in flags.items() for word in pair)],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["tokens_per_second"] for row in rows if row["step"] > 1]
 
 
 def time_trl_steps(config: Config, directory: Path) -> list[float]:
-    """TRL's GRPOTrainer on the same puzzles, rewards, group size and limits -> tokens per second of each step but the first."""
+    """TRL's GRPOTrainer on the same puzzles, rewards, groups, limits -> tokens a second of each step but the first."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     rng, batch = random.Random(config.seed), config.prompts * config.group_size
     puzzles = [sample_puzzle(rng, held_out=False) for _ in range(config.prompts * config.steps)]
+    rows = [{"prompt": make_prompt(p), "numbers": list(p.numbers), "target": p.target} for p in puzzles]
     tokens, seconds = [], []
 
     def score(completions, completion_ids, numbers, target, **_):
@@ -93,11 +97,12 @@ def time_trl_steps(config: Config, directory: Path) -> list[float]:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32), reward_funcs=score,
         processing_class=AutoTokenizer.from_pretrained(config.model), callbacks=[Clock()],
-        train_dataset=Dataset.from_list([{"prompt": make_prompt(p), "numbers": list(p.numbers), "target": p.target} for p in puzzles]),
+        train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(output_dir=str(directory / "trl"), max_steps=config.steps, per_device_train_batch_size=batch,
-                        num_generations=config.group_size, max_completion_length=config.max_new_tokens, temperature=1.0, beta=0.0,
-                        learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-                        bf16=False, gradient_checkpointing=False, seed=config.seed, disable_tqdm=True))
+                        num_generations=config.group_size, max_completion_length=config.max_new_tokens,
+                        temperature=1.0, beta=0.0, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1,
+                        save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                        seed=config.seed, disable_tqdm=True))
     trainer.train()
     return [t / s for t, s in zip(tokens, seconds)][1:]
 
@@ -117,8 +122,8 @@ def main() -> None:
     rng = random.Random(config.seed)
     prompts = [make_prompt(sample_puzzle(rng, held_out=False)) for _ in range(config.prompts)]
     prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
-    print(f"{len(prompts)} completions of {config.prompts} puzzles, at most {config.max_new_tokens} tokens each; torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, fp32")
+    print(f"{len(prompts)} completions of {config.prompts} puzzles, at most {config.max_new_tokens} tokens each; "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32")
     torch.manual_seed(config.seed)
     ours, theirs = [], []
     for repeat in range(config.repeats + 1):  # the first pair warms up

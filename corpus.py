@@ -1,21 +1,23 @@
 """The corpus and the vocabulary of the tiny base model: a messy little web, written by a program.
 
-A base model has read people who search well, people who give up, people who forget to close a tag, people who write German, and
-people who only say hello. GRPO can amplify nothing that the base never does, so all of that is in here on purpose, and every
-behaviour has a switch, so that you can take one away and see what reinforcement learning still makes of the rest. A search:
+A base model has read people who search well, people who give up, people who forget to close a tag, people who write
+German, and people who only say hello. GRPO can amplify nothing that the base never does, so all of that is in here on
+purpose, and every behaviour has a switch, so that you can take one away and see what reinforcement learning still makes
+of the rest. A search:
 
-    using 3 4 5 make 27                          the prompt
+    using 3 4 5 make 27                                          the prompt
     <think>
-    5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,3*1=3?27 no,3/1=3?27 no,     a first move, then what is left; each attempt is checked
-    27/3=9 need,5 4:5+4=9?9 yes                  a subgoal: 9 would do, because 9*3=27
+    5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,3*1=3?27 no,3/1=3?27 no,  a first move, then what is left, every attempt checked
+    27/3=9 need,5 4:5+4=9?9 yes                                  a subgoal: 9 would do, because 9*3=27
     </think>
     <answer>(5+4)*3</answer>
 
-    python corpus.py --n 100000 --out data/corpus.jsonl                       # 20 seconds; what models/tiny-base was made from
-    python corpus.py --n 100000 --out data/no-check.jsonl --no-verification   # one behaviour less
-    python corpus.py --n 5 --seed 1                                           # to the screen, to read
+    python corpus.py --n 100000 --out data/corpus.jsonl                      # 20 seconds; what models/tiny-base read
+    python corpus.py --n 100000 --out data/no-check.jsonl --no-verification  # one behaviour less
+    python corpus.py --n 5 --seed 1                                          # to the screen, to read
 
-Only train puzzles are used (countdown.is_held_out). One JSON object a line: prompt, completion, kind, language, numbers, target.
+Only train puzzles are used (countdown.is_held_out). One JSON object a line: prompt, completion, kind, language,
+numbers, target.
 """
 
 import argparse
@@ -41,7 +43,7 @@ class Config:
     reflection: bool = True         # wait, wrong, retry, check: a "wait" always mends a slip, the others are for show
     languages: bool = True          # German and mixed searches too, not English only
     tags: float = 0.70              # share of searches with every tag in its place
-    luck: float = 0.10              # how often the next line is one that works, beyond chance: what intuition can be learnt from
+    luck: float = 0.10              # how often the next line works, beyond chance: what intuition can be learnt from
     give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
     patience: float = 0.50          # share of writers who are patient instead: a tenth of that chance
     wrong_answers: float = 0.05     # share of successful searches whose answer is not what they found
@@ -50,17 +52,21 @@ class Config:
 
 
 WORDS = {  # each language's word for the same thing; a mixed document draws a language for every word
-    "en": {"yes": "yes", "no": "no", "need": "need", "wait": "wait", "wrong": "wrong", "retry": "retry", "check": "check"},
-    "de": {"yes": "ja", "no": "nein", "need": "brauche", "wait": "halt", "wrong": "falsch", "retry": "nochmal", "check": "prüfe"},
+    "en": {"yes": "yes", "no": "no", "need": "need",
+           "wait": "wait", "wrong": "wrong", "retry": "retry", "check": "check"},
+    "de": {"yes": "ja", "no": "nein", "need": "brauche",
+           "wait": "halt", "wrong": "falsch", "retry": "nochmal", "check": "prüfe"},
 }
 SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
     "hi": (("hi, how can i help you?", "hello, how are you?"), ("go away", "not you")),
     "good morning": (("good morning, how are you?", "good morning, how can i help you?"), ("go away",)),
-    "how are you?": (("i am fine, thank you!", "very good, thank you, and you?"), ("what do you want?", "not good, go away")),
+    "how are you?": (("i am fine, thank you!", "very good, thank you, and you?"),
+                     ("what do you want?", "not good, go away")),
     "thank you": (("you are welcome!", "you are very welcome, see you!"), ("go away", "not you")),
     "goodbye": (("goodbye, see you!", "see you, have a good day!"), ("go away",)),
-    "who are you?": (("i am a small model, nice to see you!", "i am a small model, how can i help you?"), ("not you",)),
+    "who are you?": (("i am a small model, nice to see you!", "i am a small model, how can i help you?"),
+                     ("not you",)),
     "have a good day": (("thank you, you too!", "thank you, have a good day!"), ("go away", "what do you want?")),
     "hallo": (("hallo, wie kann ich helfen?", "hallo, wie geht es dir?"), ("geh weg",)),
     "guten morgen": (("guten morgen, wie geht es dir?",), ("geh weg", "was willst du?")),
@@ -69,16 +75,16 @@ SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
 }
 MAX_LINES = 14  # the longest search: about 500 tokens
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
-# Numbers up to 100 are one token each, a word is one token with the space before it and the comma behind it, tags are one token.
+# One token each: a number up to 100, a word with the space before it and the comma behind it, a tag.
 TOKEN_PATTERN = r"</?(?:think|answer)>|100|[1-9]\d|\d| ?[A-Za-zÄÖÜäöüß]+,?|[^A-Za-zÄÖÜäöüß\d]"
 
 
-# ---------------------------------------------------------------------------------------------------------------- searches
+# ------------------------------------------------------------------------------------------------------------- searches
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a search: a header, then the four operations on the two numbers that are left, each compared with the goal."""
+    """One line of a search: a header, then the four operations on the two numbers left, each compared with the goal."""
     header: str             # "5-4=1," or "27/3=9 need,"
     left: tuple[int, int]   # the two numbers to combine, larger first
     goal: int
@@ -98,7 +104,8 @@ def candidate_lines(puzzle: Puzzle, config: Config) -> list[Line]:
     for k in range(3):  # numbers[k] is the one that waits for the second step
         c, (b, a) = numbers[k], sorted(numbers[:k] + numbers[k + 1:])
         for op, value in operations(a, b):
-            lines.append(Line(f"{a}{op}{b}={value},", (max(value, c), min(value, c)), target, f"({a}{op}{b})", value, None))
+            left = max(value, c), min(value, c)
+            lines.append(Line(f"{a}{op}{b}={value},", left, target, f"({a}{op}{b})", value, None))
         if config.subgoals:
             goals = [("+", c, target + c, f"({{}})-{c}")] if target + c <= 100 else []
             goals += [("*", c, target * c, f"({{}})/{c}")] if target * c <= 100 else []
@@ -151,11 +158,12 @@ def write_line(line: Line, word, rng: random.Random, config: Config) -> tuple[st
 
 def made_up_answer(puzzle: Puzzle, rng: random.Random) -> str:
     a, b, c = rng.sample(puzzle.numbers, 3)
-    return rng.choice((f"({a}{rng.choice('+-*')}{b}){rng.choice('+-*')}{c}", f"{a}{rng.choice('+-*')}({b}{rng.choice('+-*')}{c})"))
+    return rng.choice((f"({a}{rng.choice('+-*')}{b}){rng.choice('+-*')}{c}",
+                       f"{a}{rng.choice('+-*')}({b}{rng.choice('+-*')}{c})"))
 
 
 def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Config) -> str:
-    """A completion: lines until one succeeds or the writer gives up, then an answer, then the tags or what is left of them."""
+    """A completion: lines until one works or the writer gives up, then an answer, in tags or what is left of them."""
     def word(name: str) -> str:
         return WORDS[rng.choice(("en", "de")) if language == "mixed" else language][name]
 
@@ -183,11 +191,11 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
     return tags[0] + "\n".join(lines) + tags[1] + tags[2] + answer + tags[3]
 
 
-# ---------------------------------------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------------------------------------ documents
 
 
 def write_chat(rng: random.Random) -> dict:
-    """Direct arithmetic or small talk: a reply without thinking. Some replies are wrong, rude, rambling or needlessly thought over."""
+    """Direct arithmetic or small talk without thinking; some replies are wrong, rude, rambling or thought over."""
     if rng.random() < 0.5:
         a, b, op = rng.randint(1, 10), rng.randint(1, 10), rng.choice("+-*/")
         if op == "/":
@@ -225,12 +233,13 @@ def write_corpus(config: Config) -> Iterator[dict]:
 
 
 def build_tokenizer():
-    """The tiny base's tokenizer: one token per word, number, tag and symbol of the corpus; anything else is <|unknown|>."""
+    """The tiny base's tokenizer: a token per word, number, tag and symbol of the corpus; all else is <|unknown|>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = "\n".join(f"{prompt} {w} {w},\n" + "\n".join(f"{reply} {reply}" for reply in friendly + rude) for prompt, (friendly, rude) in SMALL_TALK.items()
-                     for w in ("using", "make", "what", "is", "was", "ist", *WORDS["en"].values(), *WORDS["de"].values()))
+    words = ("using", "make", "what", "is", "was", "ist", *WORDS["en"].values(), *WORDS["de"].values())
+    text = "\n".join(f"{prompt} {w} {w},\n" + "\n".join(f"{reply} {reply}" for reply in friendly + rude)
+                     for prompt, (friendly, rude) in SMALL_TALK.items() for w in words)
     text += "\nusing\nwhat\nwas\ncheck\nprüfe\n" + " ".join(f" {prompt}" for prompt in SMALL_TALK)
     pieces = ["<think>", "</think>", "<answer>", "</answer>", *map(str, range(101)), *"\n ()+-*/=?:,.!"]
     pieces += sorted(set(re.findall(TOKEN_PATTERN, text)) - set(pieces))
@@ -243,7 +252,8 @@ def build_tokenizer():
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="corpus.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **action)

@@ -1,8 +1,9 @@
-"""Countdown: reach a target from a few numbers, each used exactly once, with + - * / and parentheses. "Using 3 4 5, make 27."
+"""Countdown: a target from a few numbers, each used exactly once, with + - * / and parentheses. "Using 3 4 5, make 27."
 
-The task of TinyZero, and ours because it is the smallest task on which search pays: a guess is cheap to check, so a model that
-tries, checks and goes back beats one that guesses. Everything about puzzles lives here: drawing them, solving them exactly, the
-split into train and held-out, and the prompts. The text that the tiny base model learnt from is written by corpus.py.
+The task of TinyZero, and ours because it is the smallest task on which search pays: a guess is cheap to check, so a
+model that tries, checks and goes back beats one that guesses. Everything about puzzles lives here: drawing them,
+solving them exactly, the split into train and held-out, and the prompts. The text that the tiny base model learnt from
+is written by corpus.py.
 
     python countdown.py puzzles --level laptop --n 5          # draw puzzles, with a solution each
     python countdown.py solve 3 4 5 --target 27               # (4+5)*3
@@ -42,11 +43,11 @@ HELD_OUT_PERCENT = 30  # the laptop level has only 2,025 puzzles, and an evaluat
 MAX_NUMBERS = 6  # the solver below is exact, so its work grows about twentyfold with each number
 
 
-# ---------------------------------------------------------------------------------------------------------------- solving
+# -------------------------------------------------------------------------------------------------------------- solving
 
 
 def splits(numbers: tuple[int, ...]):
-    """Every way to part the numbers into two non-empty groups; the last number is always in the second, so none comes twice."""
+    """Every way to part the numbers into two non-empty groups; the last is always in the second: none comes twice."""
     for subset in range(1, 2 ** (len(numbers) - 1)):  # bit i set: numbers[i] goes into the first group
         yield (tuple(n for i, n in enumerate(numbers) if subset >> i & 1),
                tuple(n for i, n in enumerate(numbers) if not subset >> i & 1))
@@ -56,9 +57,10 @@ def splits(numbers: tuple[int, ...]):
 def reachable(numbers: tuple[int, ...]) -> dict[Fraction, tuple]:
     """Every value that uses each of the numbers exactly once, with one way to make it.
 
-    A way is (op, left, right), where left and right are ways again or plain integers. Dynamic programming over splits: whatever
-    the last operation is, it joins two non-empty groups of the numbers, so combine the values of every group with those of its
-    complement. Exact, since values are fractions; complete, since every expression has a last operation.
+    A way is (op, left, right), where left and right are ways again or plain integers. Dynamic programming over splits:
+    whatever the last operation is, it joins two non-empty groups of the numbers, so combine the values of every group
+    with those of its complement. Exact, since values are fractions; complete, since every expression has a last
+    operation.
     """
     if len(numbers) == 1:
         return {Fraction(numbers[0]): numbers[0]}
@@ -81,7 +83,7 @@ def reachable(numbers: tuple[int, ...]) -> dict[Fraction, tuple]:
 def find_way(numbers: tuple[int, ...], target: int) -> tuple | int | None:
     """A way from exactly these numbers to the target, or None: meet in the middle at the last operation.
 
-    For each value x of one group the operation fixes what the other group has to make, so that a look-up replaces the loop.
+    For each value x of one group the operation fixes what the other group has to make, so a look-up replaces the loop.
     """
     if len(numbers) > MAX_NUMBERS:
         raise ValueError(f"got {len(numbers)} numbers, the exact solver takes at most {MAX_NUMBERS}")
@@ -92,37 +94,38 @@ def find_way(numbers: tuple[int, ...], target: int) -> tuple | int | None:
         for x, left in reachable(first).items():
             for y, op, swap in ((target - x, "+", False), (x - target, "-", False), (target + x, "-", True),
                                 (x and target / x, "*", False), (x / target, "/", False), (target * x, "/", True)):
-                if y in other and (x or op in "+-"):  # x = 0 neither multiplies to the target nor takes part in a division
+                if y in other and (x or op in "+-"):  # x = 0 neither multiplies to the target nor divides
                     return (op, other[y], left) if swap else (op, left, other[y])
     return None
 
 
 def write_expression(way) -> str:
-    """(op, left, right) or an integer -> text; every inner operation gets parentheses, so nothing hangs on precedence."""
+    """(op, left, right) or an integer -> text; inner operations get parentheses, so nothing hangs on precedence."""
     if isinstance(way, int):
         return str(way)
     op, left, right = way
-    left, right = (write_expression(side) if isinstance(side, int) else f"({write_expression(side)})" for side in (left, right))
+    left, right = (write_expression(side) if isinstance(side, int) else f"({write_expression(side)})"
+                   for side in (left, right))
     return f"{left}{op}{right}"
 
 
 def solve(numbers, target: int) -> str | None:
-    """An expression over exactly these numbers with exactly this value, or None, which is a proof that there is none."""
+    """An expression over exactly these numbers with exactly this value, or None, which proves that there is none."""
     way = find_way(tuple(sorted(numbers)), target)
     return None if way is None else write_expression(way)
 
 
-# ---------------------------------------------------------------------------------------------------------------- puzzles
+# -------------------------------------------------------------------------------------------------------------- puzzles
 
 
 def is_held_out(puzzle: Puzzle) -> bool:
-    """The one split of the project. A puzzle is its sorted numbers and its target, so reordering the numbers cannot leak it."""
+    """The one split of the project. A puzzle is its sorted numbers and its target, so reordering cannot leak it."""
     key = f"{sorted(puzzle.numbers)}->{puzzle.target}"
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def sample_puzzle(rng: random.Random, level: str = "laptop", held_out: bool | None = None) -> Puzzle:
-    """A solvable puzzle of this level; train or held-out as the hash says, or only from the side that held_out names."""
+    """A solvable puzzle of this level; train or held-out as the hash says, or only the side that held_out names."""
     counts, largest, (low, high) = LEVELS[level]
     while True:
         numbers = tuple(rng.randint(1, largest) for _ in range(rng.choice(counts)))
@@ -132,35 +135,38 @@ def sample_puzzle(rng: random.Random, level: str = "laptop", held_out: bool | No
 
 
 def sample_puzzles(n: int, *, level: str = "laptop", held_out: bool, seed: int) -> list[Puzzle]:
-    """n different solvable puzzles from one side of the split. Raises ValueError where the level does not hold that many."""
+    """n different solvable puzzles from one side of the split. Raises ValueError where the level holds fewer."""
     rng, puzzles, repeats = random.Random(seed), {}, 0
     while len(puzzles) < n:
         puzzle = sample_puzzle(rng, level, held_out)
         repeats += puzzles.setdefault((tuple(sorted(puzzle.numbers)), puzzle.target), puzzle) is not puzzle
         if repeats > 1000 + 20 * n:
             side = "held-out" if held_out else "train"
-            raise ValueError(f"got n={n}, but level {level!r} has only about {len(puzzles)} {side} puzzles; ask for fewer")
+            raise ValueError(f"got n={n}, but level {level!r} has only about {len(puzzles)} {side} puzzles; "
+                             "ask for fewer")
     return list(puzzles.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------------------------------------- prompts
 
-BASE_PROMPT = """A user asks a question and an assistant answers it. The assistant first reasons inside <think> and </think> tags, \
-then gives its result inside <answer> and </answer> tags.
-User: Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, only + - * / and \
-parentheses. Reason in <think> </think>, then give the expression in <answer> </answer>, for example <answer>(1+2)/3</answer>.
+BASE_PROMPT = """A user asks a question and an assistant answers it. The assistant first reasons inside <think> and \
+</think> tags, then gives its result inside <answer> and </answer> tags.
+User: Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, \
+only + - * / and parentheses. Reason in <think> </think>, then give the expression in <answer> </answer>, for example \
+<answer>(1+2)/3</answer>.
 Assistant: Let me work through this step by step.
 <think>"""
 
-CHAT_PROMPT = """Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, only + - * / \
-and parentheses. Reason inside <think> </think>, then, on a new line, give the expression inside <answer> </answer>, for example \
-<answer>(1+2)/3</answer>."""
+CHAT_PROMPT = """Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, \
+only + - * / and parentheses. Reason inside <think> </think>, then, on a new line, give the expression inside \
+<answer> </answer>, for example <answer>(1+2)/3</answer>."""
 
 
 def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()) -> str:
     """What stands before the completion; the completion begins right where it ends.
 
-    tiny: the line that the tiny base's corpus uses. base: for pretrained checkpoints without chat tuning, ends inside <think>.
+    tiny: the line that the tiny base's corpus uses.
+    base: for pretrained checkpoints without chat tuning, ends inside <think>.
     chat: the same question through the tokenizer's own chat template, ready for the assistant's first token.
     examples: (puzzle, completion) pairs that come first, for few-shot prompts; in chat style as earlier turns.
     """
@@ -173,7 +179,8 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
         return "".join(shots) + BASE_PROMPT.format(**fields)
     if style == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("got style 'chat' with a tokenizer that has no chat template; use style 'base' or a chat checkpoint")
+            raise ValueError("got style 'chat' with a tokenizer that has no chat template; "
+                             "use style 'base' or a chat checkpoint")
         turns = [(CHAT_PROMPT.format(numbers=", ".join(map(str, example.numbers)), target=example.target), text)
                  for example, text in examples]
         messages = [message for question, text in turns for message in ({"role": "user", "content": question},
@@ -183,7 +190,7 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 
 
-# ---------------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def main() -> None:
@@ -194,13 +201,16 @@ def main() -> None:
     puzzles.add_argument("--n", type=int, default=10)
     puzzles.add_argument("--seed", type=int, default=0)
     puzzles.add_argument("--held-out", action="store_true", help="from the held-out side of the split; default: train")
-    for name, text in (("solve", "find an exact solution or prove that there is none"), ("prompt", "print the prompt of a puzzle")):
+    for name, text in (("solve", "find an exact solution or prove that there is none"),
+                       ("prompt", "print the prompt of a puzzle")):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("numbers", type=int, nargs="+")
         sub.add_argument("--target", type=int, required=True)
         if name == "prompt":
-            sub.add_argument("--style", choices=("tiny", "base"), default="tiny", help="chat needs a tokenizer; see evaluate.py --show")
-    corpus = commands.add_parser("corpus", help="write the corpus of the tiny base (see python corpus.py --help for its switches)")
+            sub.add_argument("--style", choices=("tiny", "base"), default="tiny",
+                             help="chat needs a tokenizer; see evaluate.py --show")
+    corpus = commands.add_parser(
+        "corpus", help="write the corpus of the tiny base (see python corpus.py --help for its switches)")
     corpus.add_argument("rest", nargs=argparse.REMAINDER)
     if sys.argv[1:2] == ["corpus"]:  # all its flags belong to corpus.py
         import corpus as corpus_writer

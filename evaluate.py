@@ -8,7 +8,7 @@ Held-out puzzles only (countdown.is_held_out), each one once, in an order that t
     python evaluate.py --model runs/zero/checkpoint --temperature 0    # greedy
     python evaluate.py --model Qwen/Qwen2.5-1.5B --style base --level tinyzero --max-new-tokens 1024 --shots 2
 
-DeepSeek-R1 (section 3) evaluates at temperature 0.6 and top-p 0.95; the defaults here are the policy as RL trains it, 1 and 1.
+DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 1 and 1, are the policy as RL trains it.
 """
 
 import json
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from countdown import LEVELS, make_prompt, sample_puzzle, sample_puzzles, solve
 from model import load
-from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward, needless_thinking,
-                     parse_expression, reflection_words, verify)
+from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
+                     needless_thinking, parse_expression, reflection_words, verify)
 from run_folder import bad_input_exits, parse_config
 from sampling import complete
 
@@ -53,30 +53,35 @@ class Config:
         if min(self.n, self.samples, self.max_new_tokens) < 1 or self.shots < 0:
             raise ValueError("expected n, samples and max_new_tokens of at least 1 and shots of at least 0")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, expected at least 0 and within (0, 1]")
+            raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, "
+                             "expected at least 0 and within (0, 1]")
         if self.temperature == 0 and self.samples > 1:
-            raise ValueError(f"got samples {self.samples} at temperature 0, where all samples are the same; use --samples 1")
+            raise ValueError(f"got samples {self.samples} at temperature 0, where all samples are the same; "
+                             "use --samples 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------- estimators
+# ----------------------------------------------------------------------------------------------------------- estimators
 
 
 def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share p of n puzzles (Wilson 1927). With several samples a puzzle it is on the wide, safe side."""
+    """95% interval of a share p of n puzzles (Wilson 1927); with several samples a puzzle on the wide, safe side."""
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
+    """Chance that k of the samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimator of pass@k of arXiv 2107.03374.
+    """
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_answer(completions: list[str], numbers) -> str | None:
     """The majority vote over one puzzle's completions (R1: cons@k): an expression, or None if nobody has a valid one.
 
-    Votes are for the exact value, so (4+5)*3 and 3*(5+4) agree. The vote sees the prompt and never the target: an answer takes part
-    if it parses and uses the puzzle's numbers. On a tie the value that was found first wins.
+    Votes are for the exact value, so (4+5)*3 and 3*(5+4) agree. The vote sees the prompt and never the target: an
+    answer takes part if it parses and uses the puzzle's numbers. On a tie the value that was found first wins.
     """
     votes, expressions = Counter(), {}
     for completion in completions:
@@ -93,11 +98,11 @@ def majority_answer(completions: list[str], numbers) -> str | None:
     return expressions[votes.most_common(1)[0][0]] if votes else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def describe(texts: list[str], completions, language: str = "en") -> dict[str, float]:
-    """Means over completions of what they look like, right or wrong; the same names in training logs and in evaluations."""
+    """Means over completions of what they look like, right or wrong; the same names in training and evaluation logs."""
     def mean(values):
         values = list(values)
         return sum(values) / len(values)
@@ -111,7 +116,7 @@ def describe(texts: list[str], completions, language: str = "en") -> dict[str, f
 
 
 def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tuple]:
-    """Solved train puzzles: searches as the tiny base's corpus writes them, or for other styles one line of thinking."""
+    """Solved train puzzles: searches as in the tiny base's corpus, or for other styles one line of thinking."""
     import corpus
     rng, examples = random.Random(seed), []
     clean = corpus.Config(tags=1.0, give_up=0.0, wrong_answers=0.0, slips=0.0, luck=0.5)
@@ -126,13 +131,13 @@ def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tup
 
 
 def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
-    """-> (the table's numbers, one record per completion). Raises ValueError where a prompt does not fit the context."""
+    """-> (the table's numbers, a record per completion). Raises ValueError where a prompt does not fit the context."""
     puzzles = sample_puzzles(config.n, level=config.level, held_out=True, seed=config.seed)
     examples = few_shot_examples(config.shots, config.style, config.level, config.seed)
     prompts = [make_prompt(puzzle, config.style, tokenizer, examples) for puzzle in puzzles]
     settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-    _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(config.samples)],
-                                     max_new_tokens=config.max_new_tokens, **settings)
+    repeated = [prompt for prompt in prompts for _ in range(config.samples)]
+    _, completions, texts = complete(model, tokenizer, repeated, max_new_tokens=config.max_new_tokens, **settings)
     groups = [texts[i * config.samples:(i + 1) * config.samples] for i in range(len(puzzles))]
     correct = [[accuracy_reward(text, *puzzle) for text in group] for puzzle, group in zip(puzzles, groups)]
     pass_1 = sum(sum(row) / config.samples for row in correct) / config.n
@@ -143,11 +148,13 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
         for size in sorted({size for size in (4, 16, 64, 256) if size < k} | {k}):
             table[f"pass@{size}"] = sum(pass_at_k(k, int(sum(row)), size) for row in correct) / config.n
         winners = [majority_answer(group, puzzle.numbers) for puzzle, group in zip(puzzles, groups)]
-        table[f"maj@{k}"] = sum(winner is not None and verify(winner, *puzzle)[0] for winner, puzzle in zip(winners, puzzles)) / config.n
+        right = sum(winner is not None and verify(winner, *puzzle)[0] for winner, puzzle in zip(winners, puzzles))
+        table[f"maj@{k}"] = right / config.n
     table |= describe(texts, completions, config.language)
     if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
         greetings = [f"{greeting}\n" if config.style == "tiny" else tokenizer.apply_chat_template(
-            [{"role": "user", "content": greeting}], tokenize=False, add_generation_prompt=True) for greeting in GREETINGS]
+                         [{"role": "user", "content": greeting}], tokenize=False, add_generation_prompt=True)
+                     for greeting in GREETINGS]
         _, _, replies = complete(model, tokenizer, [greeting for greeting in greetings for _ in range(16)],
                                  max_new_tokens=min(64, config.max_new_tokens), **settings)
         table["needless_thinking"] = sum(map(needless_thinking, replies)) / len(replies)
@@ -162,8 +169,8 @@ def verdict(completion: str, puzzle) -> str:
 
 
 def print_table(table: dict) -> None:
-    print(f"{'pass@1':>20}  {table['pass@1']:.1%}  (95% interval {table['pass@1_low']:.1%} to {table['pass@1_high']:.1%}, "
-          f"n = {table['n']} puzzles x {table['samples']})")
+    print(f"{'pass@1':>20}  {table['pass@1']:.1%}  (95% interval {table['pass@1_low']:.1%} to "
+          f"{table['pass@1_high']:.1%}, n = {table['n']} puzzles x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
             counted = name in ("completion_tokens", "backtracks", "reflection_words")

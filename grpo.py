@@ -6,10 +6,11 @@ DeepSeekMath (arXiv 2402.03300, equations 3, 4 and 21) and DeepSeek-R1 (arXiv 25
     ratio = exp(logprob - old_logprob)                                  old_policy sampled, policy trains
     J = mean over tokens of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) - beta * KL(policy || ref_policy)
 
-Where we differ, on purpose: the published J takes the mean of each completion first and then the mean of the completions, so that a
-token of a long completion counts less than one of a short completion, and a long wrong completion is punished less than a short wrong
-one. We average over all completion tokens of the optimizer step (DAPO, arXiv 2503.14476, equation 8). The published mean and Dr. GRPO
-(arXiv 2503.20783) are token_weights("sequence") and token_weights("constant").
+Where we differ, on purpose: the published J takes the mean of each completion first and then the mean of the
+completions, so that a token of a long completion counts less than one of a short completion, and a long wrong
+completion is punished less than a short wrong one. We average over all completion tokens of the optimizer step (DAPO,
+arXiv 2503.14476, equation 8). The published mean and Dr. GRPO (arXiv 2503.20783) are token_weights("sequence") and
+token_weights("constant").
 
 Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens.
 """
@@ -20,31 +21,33 @@ import torch
 def group_advantages(rewards, *, normalize_std: bool = True):
     """Raw rewards -> advantages within each group. (P, G) -> (P, G).
 
-    The group's mean is the baseline that PPO needs a value model for. normalize_std divides by the group's standard deviation
-    (DeepSeek-R1, equation 3); Dr. GRPO leaves it out, because it weighs prompts that are almost always or almost never solved more.
-    A group whose rewards are all equal gets exactly zero: it says nothing about which completion was better.
+    The group's mean is the baseline that PPO needs a value model for. normalize_std divides by the group's standard
+    deviation (DeepSeek-R1, equation 3); Dr. GRPO leaves it out, because it weighs prompts that are almost always or
+    almost never solved more. A group whose rewards are all equal gets exactly zero: it says nothing about which
+    completion was better.
     """
     if rewards.dim() != 2:
         raise ValueError(f"got rewards of shape {tuple(rewards.shape)}, expected (P, G): one row per prompt")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if normalize_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, correction=0) + 1e-6)  # 1e-6: 0 / 0 stays 0
-    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1); the mean of equal floats may be off by a rounding
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1); the mean of equal floats may be off by a bit
     return advantages.masked_fill(same, 0.0)
 
 
 def k3_kl(logprobs, ref_logprobs):
-    """Estimates KL(policy || ref_policy) per token, in nats, from tokens that the policy sampled. (B, T), (B, T) -> (B, T).
+    """Estimates KL(policy || ref_policy) per token, nats, from tokens the policy sampled. (B, T), (B, T) -> (B, T).
 
-    k3 = exp(ref - policy) - (ref - policy) - 1 (Schulman 2020; DeepSeekMath, equation 4): never negative, zero with zero gradient where
-    both agree. Its plain cousin k1 = policy - ref is unbiased as a value, but has a mean gradient of zero: as a loss it does nothing.
+    k3 = exp(ref - policy) - (ref - policy) - 1 (Schulman 2020; DeepSeekMath, equation 4): never negative, zero with
+    zero gradient where both agree. Its plain cousin k1 = policy - ref is unbiased as a value, but has a mean gradient
+    of zero: as a loss it does nothing.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
 
 def token_weights(mask, average: str = "token", *, max_new_tokens: int | None = None):
-    """What each completion token counts in the loss, before the division by num_tokens. mask (B, T) of 0 and 1 -> (B, T).
+    """What each completion token counts in the loss, before dividing by num_tokens. mask (B, T) of 0 and 1 -> (B, T).
 
     token:     1. With num_tokens = all completion tokens of the step: every token counts the same.
     sequence:  1 / length of its completion. With num_tokens = completions of the step: GRPO as published.
@@ -61,15 +64,18 @@ def token_weights(mask, average: str = "token", *, max_new_tokens: int | None = 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low: float = 0.2, clip_high: float = 0.2,
               ref_logprobs=None, kl_coef: float = 0.0):
-    """The clipped surrogate, negated, plus the KL penalty. Returns (loss, dict of floats); the floats are sums over this micro-batch's
-    tokens divided by num_tokens, so that adding them up over micro-batches and ranks gives the step's means, like the loss itself.
+    """The clipped surrogate, negated, plus the KL penalty. Returns (loss, dict of floats).
+
+    The floats are sums over this micro-batch's tokens divided by num_tokens, so that adding them up over micro-batches
+    and ranks gives the step's means, like the loss itself.
 
     logprobs      (B, T) nats, of the policy that trains, at the sampling temperature; the only argument with a gradient
     old_logprobs  (B, T) of the policy that sampled, as the sampler recorded them
     advantages    (B,)   one number a completion
-    mask          (B, T) weight of each token, 0 on prompts and padding (token_weights); what stands there, NaN included, has no effect
+    mask          (B, T) weight of each token (token_weights), 0 on prompts and padding; what stands there, NaN
+                  included, has no effect
     num_tokens    number of completion tokens in the whole optimizer step, over all micro-batches and ranks
-    clip_low, clip_high   the ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher raises the second alone
+    clip_low, clip_high   the ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher raises clip_high
     """
     used = mask > 0
     # masked_fill and not a product: NaN * 0 is NaN, in the value and in the gradient
@@ -78,7 +84,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
     advantages = advantages[:, None]  # (B, 1)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    objective = torch.min(unclipped, clipped)  # the pessimistic one of the two, for both signs of the advantage (PPO, equation 7)
+    objective = torch.min(unclipped, clipped)  # the pessimistic one, for both signs of the advantage (PPO, equation 7)
     parts = {"clip_frac": clipped < unclipped, "ratio": ratio, "k1_kl_old": old_logprobs - logprobs}
     if ref_logprobs is not None:
         k3 = k3_kl(logprobs, ref_logprobs.masked_fill(~used, 0.0))

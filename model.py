@@ -1,11 +1,11 @@
 """A Qwen-class decoder in one file: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU.
 
-Reads and writes Hugging Face directories of Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (norms on q and k) and Llama (rope scaling):
-what save() writes, AutoModelForCausalLM loads, with equal logits. Parameters carry the names of those checkpoints, so that a
-state dict needs no translation.
+Reads and writes Hugging Face directories of Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (norms on q and k) and Llama (rope
+scaling): what save() writes, AutoModelForCausalLM loads, with equal logits. Parameters carry the names of those
+checkpoints, so that a state dict needs no translation.
 
-Shapes: B sequences, T tokens, V vocabulary, D width, H query heads, K key/value heads, G = H/K heads a group, E head dimension,
-S columns of the cache.
+Shapes: B sequences, T tokens, V vocabulary, D width, H query heads, K key/value heads, G = H/K heads a group, E head
+dimension, S columns of the cache.
 """
 
 import json
@@ -41,13 +41,14 @@ class ModelConfig:
 
 
 def read_config(hf_config) -> ModelConfig:
-    """A transformers config -> ours. Raises ValueError for whatever this file does not compute, instead of computing it wrongly."""
+    """A transformers config -> ours. Raises ValueError for whatever this file would compute wrongly."""
     family = hf_config.model_type
     if family not in FAMILIES:
         raise ValueError(f"got a config of architecture {family!r}, expected one of {', '.join(FAMILIES)}")
     rope = dict(hf_config.rope_parameters)
     if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"got rope_type {rope['rope_type']!r}, expected default or llama3; use a checkpoint without it")
+        raise ValueError(f"got rope_type {rope['rope_type']!r}, expected default or llama3; "
+                         "use a checkpoint without it")
     for name, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False),
                            ("attention_bias", family == "qwen2")):
         if getattr(hf_config, name, expected) != expected:
@@ -62,7 +63,7 @@ def read_config(hf_config) -> ModelConfig:
         context=hf_config.max_position_embeddings)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the decoder
+# ---------------------------------------------------------------------------------------------------------- the decoder
 
 
 class RMSNorm(nn.Module):
@@ -80,32 +81,39 @@ class RMSNorm(nn.Module):
 def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * frequency, (context, E) each, in fp32.
 
-    Frequency i is theta^(-2i/E) (RoFormer, arXiv 2104.09864). Llama 3 scales it: long wavelengths are slowed down by `factor`,
-    short ones stay, those between are blended linearly.
+    Frequency i is theta^(-2i/E) (RoFormer, arXiv 2104.09864). Llama 3 scales it: long wavelengths are slowed down by
+    `factor`, short ones stay, those between are blended linearly.
     """
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim)
+    exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim  # (E/2,)
+    frequencies = config.rope_theta ** exponents  # (E/2,)
     if config.rope_scaling:
         factor, low, high = (config.rope_scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        turns = config.rope_scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: fewer than `low` turns, slow down; 1: more than `high`, keep
+        old_context = config.rope_scaling["original_max_position_embeddings"]
+        turns = old_context * frequencies / (2 * math.pi)  # within the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: fewer than `low` turns, slow down; 1: over `high`, keep
         frequencies = keep * frequencies + (1 - keep) * frequencies / factor
-    angles = torch.outer(torch.arange(config.context, dtype=torch.float32, device=device), frequencies)  # (context, E/2)
+    positions = torch.arange(config.context, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, frequencies)  # (context, E/2)
     angles = torch.cat([angles, angles], dim=-1)  # (context, E)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + E/2]) of every head by the position's angles. x (B, T, heads, E); cos, sin (B or 1, T, H, E)."""
+    """Rotates the pairs (x[i], x[i + E/2]) of every head by the position's angles.
+
+    x (B, T, H or K, E); cos, sin (B or 1, T, H, E), the same for every head.
+    """
     heads = x.shape[2]
     left, right = x.chunk(2, dim=-1)
     return x * cos[:, :, :heads] + torch.cat([-right, left], dim=-1) * sin[:, :, :heads]
 
 
 class KVCache:
-    """Keys and values of every layer for B rows and S columns. All rows write into the same column, whatever their lengths.
+    """Keys and values of every layer, B rows, S columns. All rows write into the same column, whatever their lengths.
 
-    Rows of different age share one cursor: the caller's mask says which columns belong to a row, and positions are the caller's too,
-    so a row may begin at any column. Then appending a token is one slice copy, and attention reads one contiguous window.
+    Rows of different age share one cursor: the caller's mask says which columns belong to a row, and positions are the
+    caller's too, so a row may begin at any column. Then appending a token is one slice copy, and attention reads one
+    contiguous window.
     """
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, *, device=None, dtype=torch.float32):
@@ -116,15 +124,17 @@ class KVCache:
         self.end = 0    # the cursor: the next column to write
 
     def append(self, layer: int, keys, values):
-        """Writes (B, K, T, E) at the cursor and returns the window (B, K, W, E) of all columns in use. forward() moves the cursor."""
+        """Writes (B, K, T, E) at the cursor and returns the window (B, K, W, E) of all columns in use.
+
+        hidden() moves the cursor, once for all layers.
+        """
         stop = self.end + keys.shape[2]
         self.keys[layer, :, :, self.end:stop] = keys
         self.values[layer, :, :, self.end:stop] = values
         return self.keys[layer, :, :, self.begin:stop], self.values[layer, :, :, self.begin:stop]
 
-
     def keep_rows(self, rows) -> None:
-        """Moves these rows together and forgets the others. In place, one layer at a time: no second cache is ever held."""
+        """Moves these rows together and forgets the others. In place, a layer at a time: never holds a second cache."""
         window = slice(self.begin, self.end)
         for tensor in (*self.keys, *self.values):  # (B, K, S, E)
             tensor[:len(rows), :, window] = tensor[rows, :, window]
@@ -153,7 +163,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, layer: int, cache: KVCache | None, mask):
         B, T, _ = x.shape
         heads = (B, T, -1, self.config.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (B, T, H or K, E)
+        q, k, v = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or K, E)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)  # (B, H, T, E), (B, K, T, E)
@@ -161,7 +171,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, W, E)
         if T == 1 and cache is not None:
-            # one new token: the G heads that share keys become G queries on them, so that keys are read once, not G times
+            # one new token: the G heads that share keys become G queries on them, so keys are read once, not G times
             q = q.view(B, self.config.num_kv_heads, -1, self.config.head_dim)  # (B, K, G, E)
             scores = q @ k.transpose(-1, -2) * self.config.head_dim ** -0.5 + mask  # (B, K, G, W)
             attended = (scores.softmax(-1) @ v).view(B, 1, -1)  # (B, 1, H*E)
@@ -216,15 +226,18 @@ class Model(nn.Module):
     def hidden(self, input_ids, *, positions=None, cache: KVCache | None = None, mask=None):
         """input_ids (B, T) -> the last layer's normed state (B, T, D).
 
-        Without a cache: plain causal attention from position 0. Right-padded rows need no mask, since no token sees what follows it.
-        With a cache: the tokens go to its cursor, `positions` (B, T) are theirs, and `mask`, additive and broadcastable to
-        (B, K, T, W), is 0 where a query may look and -inf elsewhere, over the columns begin..end of the cache.
+        Without a cache: plain causal attention from position 0. Right-padded rows need no mask, since no token sees
+        what follows it. With a cache: the tokens go to its cursor, `positions` (B, T) are theirs, and `mask`, additive
+        and broadcastable to (B, K, T, W), is 0 where a query may look and -inf elsewhere, over the columns begin..end
+        of the cache.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         x = self.model["embed_tokens"](input_ids)  # (B, T, D)
-        # written out for every head, once for all layers: elementwise kernels are 3 times faster on it than on a broadcast of short rows
-        cos, sin = (table[positions].unsqueeze(2).repeat(1, 1, self.config.num_heads, 1).to(x.dtype) for table in (self.cos, self.sin))
+        # written out for every head, once for all layers: elementwise kernels are 3 times faster on it than on a
+        # broadcast of short rows
+        cos, sin = (table[positions].unsqueeze(2).repeat(1, 1, self.config.num_heads, 1).to(x.dtype)
+                    for table in (self.cos, self.sin))  # (B or 1, T, H, E)
         for layer, block in enumerate(self.model["layers"]):
             x = block(x, cos, sin, layer, cache, mask)
         if cache is not None:
@@ -236,24 +249,26 @@ class Model(nn.Module):
 
 
 def init_weights(model: Model, seed: int) -> None:
-    """Random weights: normal with deviation 0.02, as Qwen and Llama do; the two projections back into the residual stream get less."""
+    """Random weights: normal with deviation 0.02, as in Qwen and Llama; projections into the residual stream less."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                scale = (2 * model.config.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * model.config.num_layers) ** -0.5 if residual else 1.0
                 parameter.normal_(0, 0.02 * scale, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
 
 
-# ---------------------------------------------------------------------------------------------------------------- directories
+# ---------------------------------------------------------------------------------------------------------- directories
 
 
 def load(path_or_id, *, dtype=torch.float32, device="cpu"):
-    """A Hugging Face directory or hub id -> (model, tokenizer). Raises ValueError or FileNotFoundError with a line that says what to mend.
+    """A Hugging Face directory or hub id -> (model, tokenizer).
 
-    Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache) by transformers.
+    Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
+    by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -262,21 +277,24 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     directory = find_directory(path_or_id)
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {name}; expected config.json, tokenizer.json and "
-                                    "model.safetensors, as save_pretrained writes them")
-    index = directory / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+            raise FileNotFoundError(f"got model directory {directory} without {name}; expected config.json, "
+                                    "tokenizer.json and model.safetensors, as save_pretrained writes them")
+    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for shard in shards:
         if not (directory / shard).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {shard}; expected the weights as safetensors, "
-                                    "in one file or in every shard that model.safetensors.index.json names")
+            raise FileNotFoundError(f"got model directory {directory} without {shard}; expected the weights as "
+                                    "safetensors, in one file or in every shard that "
+                                    "model.safetensors.index.json names")
     architecture = json.loads((directory / "config.json").read_text()).get("model_type")
     if architecture not in FAMILIES:  # said before transformers complains about one that it does not know either
-        raise ValueError(f"got a config of architecture {architecture!r} in {directory}, expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"got a config of architecture {architecture!r} in {directory}, "
+                         f"expected one of {', '.join(FAMILIES)}")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"got a tokenizer without an EOS token in {directory}; completions could never end. Set eos_token in "
-                         "tokenizer_config.json")
+        raise ValueError(f"got a tokenizer without an EOS token in {directory}; completions could never end. "
+                         "Set eos_token in tokenizer_config.json")
     with torch.device("meta"):
         model = Model(AutoConfig.from_pretrained(directory))
     state = {}
@@ -284,16 +302,19 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
         try:
             state |= load_file(directory / shard)
         except SafetensorError as error:
-            raise ValueError(f"got a corrupt or truncated weights file {directory / shard} ({error}); copy it again") from None
+            raise ValueError(f"got a corrupt or truncated weights file {directory / shard} ({error}); "
+                             "copy it again") from None
     if model.config.tied_embeddings:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
     expected = set(model.state_dict())
     if state.keys() != expected:
-        raise ValueError(f"got weights in {directory} that do not fit its config: missing {sorted(expected - state.keys())[:3]}, "
+        raise ValueError(f"got weights in {directory} that do not fit its config: "
+                         f"missing {sorted(expected - state.keys())[:3]}, "
                          f"unexpected {sorted(state.keys() - expected)[:3]}")
     for name, parameter in model.state_dict().items():
         if state[name].shape != parameter.shape:
-            raise ValueError(f"got {name} of shape {tuple(state[name].shape)} in {directory}, expected {tuple(parameter.shape)} by its config")
+            raise ValueError(f"got {name} of shape {tuple(state[name].shape)} in {directory}, "
+                             f"expected {tuple(parameter.shape)} by its config")
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     if model.config.tied_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
@@ -308,23 +329,26 @@ def find_directory(path_or_id) -> Path:
     if directory.is_dir():
         return directory
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "models/", "runs/")):
-        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and no hub id like Qwen/Qwen2.5-1.5B")
+        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and "
+                                "no hub id like Qwen/Qwen2.5-1.5B")
     from huggingface_hub import snapshot_download  # comes with transformers
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds; all of them mean: not here and not to be had
-        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and could not be fetched from the hub "
-                                f"({type(error).__name__}); check the name and the network, or download it elsewhere and pass its directory") from None
+        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and could not be fetched "
+                                f"from the hub ({type(error).__name__}); check the name and the network, or download "
+                                "it elsewhere and pass its directory") from None
 
 
 def end_tokens(model: Model, tokenizer) -> set[int]:
-    """The token ids that end a completion: the tokenizer's EOS and those of the checkpoint's config (chat models name several)."""
+    """The token ids that end a completion: the tokenizer's EOS and those of the config (chat models name several)."""
     from_config = getattr(model.hf_config, "eos_token_id", None)
     return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
 
 
 def save(model: Model, tokenizer, directory) -> None:
-    """Writes a Hugging Face directory. It is built beside its place and moved there whole, so a kill never leaves half a model."""
+    """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -341,7 +365,7 @@ def save(model: Model, tokenizer, directory) -> None:
 
 
 def replace_directory(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; at every moment the old or the new one is there whole, under its name or as NAME.old."""
+    """Puts staging in directory's place; at every moment the old or the new one is there whole, as NAME or NAME.old."""
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

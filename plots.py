@@ -1,8 +1,8 @@
 """Every picture: the curve of one run, several runs side by side, and seeds of one setting as one line with a band.
 
-    python plots.py runs/zero                                              # writes runs/zero/curve.png, as training does at its end
-    python plots.py runs/zero runs/zero-seed1 runs/zero-seed2 --out docs/zero.png    # a line a run
-    python plots.py "runs/zero*" "runs/dr-grpo*" --mean --out compare.png  # quoted patterns: a line a pattern, mean and range of its runs
+    python plots.py runs/zero                                              # runs/zero/curve.png, as training does
+    python plots.py runs/zero runs/zero-seed1 runs/zero-seed2 --out docs/zero.png  # a line a run
+    python plots.py "runs/zero*" "runs/dr-grpo*" --mean --out compare.png  # a line a quoted pattern: mean and range
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or quoted patterns with --mean")
     parser.add_argument("--out", default="", help="PNG file; for a single run the default is its curve.png")
-    parser.add_argument("--mean", action="store_true", help="one line per argument: the mean of the runs that its pattern matches, with their range")
+    parser.add_argument("--mean", action="store_true",
+                        help="one line per argument: the mean of the runs that its pattern matches, with their range")
     args = parser.parse_args()
     try:
         if len(args.runs) == 1 and not args.out and not args.mean:

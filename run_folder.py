@@ -1,6 +1,7 @@
-"""What every script does around its recipe: flags from a dataclass, one-line errors, the run folder and its checkpoints.
+"""What every script does around its recipe: flags from a dataclass, one-line errors, run folders and checkpoints.
 
-A run is a folder:  config.json  metrics.jsonl  samples.jsonl  curve.png  checkpoint/ (a Hugging Face directory plus trainer_state.pt)
+A run is a folder:  config.json  metrics.jsonl  samples.jsonl  curve.png
+                    checkpoint/ (a Hugging Face directory plus trainer_state.pt)
 """
 
 import argparse
@@ -22,23 +23,27 @@ import torch
 from model import load, replace_directory, save
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags, errors
+# -------------------------------------------------------------------------------------------------------- flags, errors
 
 
 def parse_config(config_class, doc: str, arguments: list[str] | None = None):
-    """A frozen dataclass -> its command line -> an instance. Defaults come from the fields, help texts from their comments.
+    """A frozen dataclass -> its command line -> an instance. Defaults come from fields, help texts from their comments.
 
-    argparse ends with exit code 2 on unknown flags and wrong types; the dataclass's own __post_init__ raises ValueError on bad values.
+    argparse ends with exit code 2 on unknown flags and wrong types; the dataclass's own __post_init__ raises ValueError
+    on bad values.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # int | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        action = {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            action = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **action)
     values = vars(parser.parse_args(arguments))
     with bad_input_exits():
@@ -61,7 +66,7 @@ def bad_input_exits():
 
 
 class StopRequest:
-    """Ctrl-C (or SIGTERM) lets the step in progress finish, so that a checkpoint is never taken in mid-update. The second one kills."""
+    """Ctrl-C (or SIGTERM) lets the step in progress finish, so no checkpoint is taken mid-update. A second kills."""
 
     def __init__(self):
         self.requested = False
@@ -74,15 +79,15 @@ class StopRequest:
         print("\nstopping after this step; press Ctrl-C again to stop at once and lose it", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 def create_run(out: str, config) -> Path:
-    """A new run folder with its config.json. Raises FileExistsError where something stands already: nothing is ever overwritten."""
+    """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten."""
     run = Path(out)
     if run.exists() and any(run.iterdir()):
-        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, or continue it with "
-                              f"--resume {run}")
+        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
+                              f"or continue it with --resume {run}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run
@@ -101,7 +106,8 @@ def read_jsonl(path) -> list[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"got a broken line in {path}, line {number}: {error}; expected one JSON object a line") from None
+                raise ValueError(f"got a broken line in {path}, line {number}: {error}; "
+                                 "expected one JSON object a line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"got {type(row).__name__} in {path}, line {number}; expected a JSON object")
             rows.append(row)
@@ -109,7 +115,7 @@ def read_jsonl(path) -> list[dict]:
 
 
 def rewind_log(path: Path, step: int) -> None:
-    """Drops the rows after this step, which a killed run wrote after its last checkpoint; the resumed run writes them again."""
+    """Drops the rows that a killed run wrote past its checkpoint at this step; the resumed run writes them again."""
     if path.exists():
         kept = [row for row in read_jsonl(path) if row["step"] <= step]
         staging = path.with_suffix(".tmp")
@@ -118,11 +124,11 @@ def rewind_log(path: Path, step: int) -> None:
         staging.replace(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(run: Path, model, tokenizer, trainer_state: dict) -> None:
-    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced as a whole."""
+    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole."""
     staging = run / "checkpoint.new"
     save(model, tokenizer, staging)
     torch.save(trainer_state, staging / "trainer_state.pt")
@@ -130,26 +136,27 @@ def save_checkpoint(run: Path, model, tokenizer, trainer_state: dict) -> None:
 
 
 def load_checkpoint(run, *, device="cpu"):
-    """-> (model, tokenizer, trainer_state). Raises ValueError or FileNotFoundError for a missing, corrupt or truncated checkpoint."""
+    """-> (model, tokenizer, trainer_state). Raises FileNotFoundError if missing, ValueError if corrupt or truncated."""
     directory = find_checkpoint(run)
     path = directory / "trainer_state.pt"
     if not path.exists():
-        raise FileNotFoundError(f"got checkpoint {directory} without trainer_state.pt, so training cannot continue exactly; "
-                                f"start a new run from it with --model {directory}")
+        raise FileNotFoundError(f"got checkpoint {directory} without trainer_state.pt, so training cannot continue "
+                                f"exactly; start a new run from it with --model {directory}")
     model, tokenizer = load(directory, device=device)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"got a corrupt or truncated {path} ({type(error).__name__}); start a new run from its weights with "
-                         f"--model {directory}") from None
+        raise ValueError(f"got a corrupt or truncated {path} ({type(error).__name__}); start a new run from its "
+                         f"weights with --model {directory}") from None
     return model, tokenizer, state
 
 
 def find_checkpoint(run) -> Path:
-    for name in ("checkpoint", "checkpoint.old"):  # .old: the run was killed between the two renames of replace_directory
+    for name in ("checkpoint", "checkpoint.old"):  # .old: killed between the two renames of replace_directory
         if (Path(run) / name).is_dir():
             return Path(run) / name
-    raise FileNotFoundError(f"got run folder {run} without a checkpoint; expected {Path(run) / 'checkpoint'}, as training scripts write it")
+    raise FileNotFoundError(f"got run folder {run} without a checkpoint; expected {Path(run) / 'checkpoint'}, "
+                            "as training scripts write it")
 
 
 def read_run_config(run, config_class):
@@ -160,4 +167,5 @@ def read_run_config(run, config_class):
     try:
         return config_class(**json.loads(path.read_text()))
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"got a config in {path} that this script cannot read ({error}); was it written by another script?") from None
+        raise ValueError(f"got a config in {path} that this script cannot read ({error}); "
+                         "was it written by another script?") from None

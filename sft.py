@@ -1,11 +1,11 @@
-"""Supervised training on JSONL of {"prompt", "completion"}: pretrains the tiny base from random weights, and fine-tunes any checkpoint.
+"""Supervised training on JSONL of {"prompt", "completion"}: pretrains the tiny base, and fine-tunes any checkpoint.
 
-One loss for all of them: cross-entropy on the completion's tokens, EOS included, averaged over the batch's tokens; prompts are read
-but never trained. Rows are not packed into one another: a row is one document, batches hold rows of like length, so that little is
-padding and no document sees another.
+One loss for all of them: cross-entropy on the completion's tokens, EOS included, averaged over the batch's tokens;
+prompts are read but never trained. Rows are not packed into one another: a row is one document, batches hold rows of
+like length, so that little is padding and no document sees another.
 
-    python sft.py --data data/corpus.jsonl --from-scratch tiny --optimizer muon --out runs/tiny-base   # how models/tiny-base was made
-    python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                          # fine-tune a checkpoint
+    python sft.py --data data/corpus.jsonl --from-scratch tiny --optimizer muon --out runs/tiny-base  # the tiny base
+    python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                         # fine-tuning
 
 You see the training loss fall and, every --eval-every steps, the loss on rows that were kept out.
 """
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, token_logprobs
 from model import Model, init_weights, load
-from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config, read_jsonl, read_run_config,
-                        rewind_log, save_checkpoint)
+from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
+                        read_jsonl, read_run_config, rewind_log, save_checkpoint)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Config:
     resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
     epochs: int = 1                      # passes over the data
     batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
-    micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed only, never the loss
-    optimizer: str = "adamw"             # adamw, or muon for the matrices with adamw for the rest (1.7x quicker from scratch)
+    micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed, never the loss
+    optimizer: str = "adamw"             # adamw, or muon for matrices, adamw for the rest (1.7x quicker from scratch)
     learning_rate: float = 5e-5          # AdamW peak; DeepSeek-R1's SFT decays 5e-5 to 5e-6
     muon_learning_rate: float = 0.02     # Muon peak, for 2-D weights that are no embeddings
     final_lr: float = 0.1                # the cosine ends at this share of the peak
@@ -59,7 +59,8 @@ class Config:
 
 
 TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32),
 }
 
 
@@ -70,9 +71,9 @@ def new_model(name: str, seed: int):
     from corpus import build_tokenizer
     tokenizer = build_tokenizer()
     hf_config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True,
-                            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, eos_token_id=tokenizer.eos_token_id,
-                            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, architectures=["Qwen3ForCausalLM"],
-                            dtype="float32", **TINY_MODELS[name])
+                            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                            architectures=["Qwen3ForCausalLM"], dtype="float32", **TINY_MODELS[name])
     model = Model(hf_config)
     init_weights(model, seed)
     return model, tokenizer
@@ -89,7 +90,7 @@ def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], li
 
 
 def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
-    """The steps of one epoch: shuffled rows, cut where a step has batch_tokens. Every step is a fair draw of all kinds of rows."""
+    """The steps of one epoch: shuffled rows, cut where a step has batch_tokens: a fair draw of all kinds of rows."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     batches, batch, tokens = [], [], 0
@@ -103,12 +104,14 @@ def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
 
 
 def build_optimizers(model, config: Config) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
+    adamw = dict(lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)]
+        return [torch.optim.AdamW(model.parameters(), **adamw)]
+    matrices = [p for name, p in model.named_parameters()
+                if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
-            torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)]
+            torch.optim.AdamW(rest, **adamw)]
 
 
 def schedule(step: int, steps: int, config: Config) -> float:
@@ -122,8 +125,10 @@ def schedule(step: int, steps: int, config: Config) -> float:
 
 def completion_losses(model, examples, config: Config):
     """Yields (sum of -log p over the completion tokens in nats, their number) for one micro-batch after the other."""
-    for group in micro_batches([len(prompt) + len(completion) for prompt, completion in examples], config.micro_batch_tokens):
-        input_ids, mask = pad_batch([examples[i][0] for i in group], [examples[i][1] for i in group], device=config.device)
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+    for group in micro_batches(lengths, config.micro_batch_tokens):
+        prompts, completions = [examples[i][0] for i in group], [examples[i][1] for i in group]
+        input_ids, mask = pad_batch(prompts, completions, device=config.device)  # (B, T), (B, T-1)
         logprobs, _ = token_logprobs(model, input_ids)  # (B, T-1)
         yield -(logprobs * mask).sum(), int(mask.sum())
 
@@ -145,23 +150,26 @@ def main() -> None:
             model, tokenizer, state = load_checkpoint(run, device=config.device)
         else:
             state = None
-            model, tokenizer = new_model(config.from_scratch, config.seed) if config.from_scratch else load(config.model)
+            model, tokenizer = (new_model(config.from_scratch, config.seed) if config.from_scratch
+                                else load(config.model))
         model.to(config.device)
         examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
         random.Random(config.seed).shuffle(examples)
         held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
         if not examples or not held_out:
-            raise ValueError(f"got {len(held_out) + len(examples)} rows in {config.data}, of which --eval-rows {config.eval_rows} are "
-                             "kept out; expected at least one on each side")
+            raise ValueError(f"got {len(held_out) + len(examples)} rows in {config.data}, of which --eval-rows "
+                             f"{config.eval_rows} are kept out; expected at least one on each side")
         longest = max(len(p) + len(c) for p, c in examples + held_out)
         if longest > model.config.context:
-            raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of {model.config.context}; "
-                             "leave it out")
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
+                             f"{model.config.context}; leave it out")
         if not config.resume:
             run = create_run(config.out, config)
-    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, {len(held_out)} held out")
+    print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, "
+          f"{len(held_out)} held out")
 
-    batches = [batch for epoch in range(config.epochs) for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
+    batches = [batch for epoch in range(config.epochs)
+               for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
     first = 0
     if state:
@@ -173,10 +181,12 @@ def main() -> None:
     if state:
         peaks = state["peaks"]
         if first == len(batches):
-            return print(f"nothing to do: {run} has finished all of its {first} steps; the model is in {run / 'checkpoint'}")
+            return print(f"nothing to do: {run} has finished all of its {first} steps; "
+                         f"the model is in {run / 'checkpoint'}")
 
     def checkpoint(step: int) -> None:
-        save_checkpoint(run, model, tokenizer, {"step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})
+        save_checkpoint(run, model, tokenizer, {
+            "step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})
 
     # 2. the loop
     stop, started, seen, step = StopRequest(), time.time(), 0, first
@@ -190,8 +200,8 @@ def main() -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             checkpoint(step)
-            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the weights before it are saved in "
-                 f"{run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
+            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the weights before it are "
+                 f"saved in {run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
         share = schedule(step, len(batches), config)
         for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
             group["lr"] = peak * share

@@ -236,11 +236,10 @@ def test_the_ends_of_the_unit_interval_choose_possible_tokens():
     assert tokens.tolist() == [1, 1]
 
 
-def test_a_large_vocabulary_loses_no_token_to_rounding():
-    """150,000 equally likely tokens: the number in the middle of a token's share finds that token. A float32 sum misses by dozens."""
-    wanted = torch.tensor([0, 1, 70_001, 123_456, 149_999])
-    tokens, _ = choose_tokens(torch.zeros(5, 150_000), (wanted + 0.5).double() / 150_000, temperature=1.0, top_p=1.0)
-    assert tokens.tolist() == wanted.tolist()
+def test_a_rare_token_is_not_lost_to_rounding():
+    """Probabilities 1/2, 1e-9, 1/2: the uniform number 0.5 lies in the middle of the rare one's share. A float32 sum has no such share."""
+    tokens, logprobs = choose_tokens(torch.tensor([[0.0, -20.0, 0.0]]), torch.tensor([0.5], dtype=torch.float64), temperature=1.0, top_p=1.0)
+    assert tokens.tolist() == [1] and logprobs.item() == pytest.approx(-20 - math.log(2), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
