@@ -1,4 +1,4 @@
-"""Token lists -> padded batches -> log-probs of completions. Supervised and reinforcement training share this room.
+"""Token lists -> padded batches -> log-probs of completions. Supervised and reinforcement training share this file.
 
 Shapes: B sequences, T tokens (prompt and completion, padded on the right), V vocabulary.
 """
@@ -40,17 +40,16 @@ def pad_batch(prompts: list[list[int]], completions: list[list[int]], *, pad_id:
     return input_ids, ((columns >= starts) & (columns < stops)).float()  # (B, T), (B, T-1)
 
 
-def token_logprobs(model, input_ids, temperature: float = 1.0):
+def token_logprobs(model, input_ids, temperature: float = 1.0, *, with_entropy: bool = False):
     """Log-probs (nats) that the model gives input_ids[:, 1:] at this temperature -> logprobs, entropy, each (B, T-1).
 
     The temperature is the sampler's: the policy that RL improves is the one that samples,
-    softmax(logits / temperature). The entropy is of the full vocabulary, without gradient.
+    softmax(logits / temperature). The entropy, None unless asked for, is of the full vocabulary, without gradient.
     """
     logits = model(input_ids[:, :-1]).float()  # (B, T-1, V)
     if temperature != 1.0:
         logits = logits / temperature
     log_softmax = logits.log_softmax(-1)  # (B, T-1, V)
     logprobs = log_softmax.gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
-    with torch.no_grad():
-        entropy = -(log_softmax.exp() * log_softmax).sum(-1)  # (B, T-1)
+    entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1) if with_entropy else None  # (B, T-1)
     return logprobs, entropy

@@ -37,7 +37,7 @@ class Config:
     repeats: int = 5                 # alternating runs of each sampler; the medians are compared
     steps: int = 4                   # training steps per trainer and round, of two; the first of a round is not counted
     trl: bool = True                 # compare the whole step with TRL, if it is installed
-    seed: int = 0
+    seed: int = 0                    # which puzzles
 
 
 def time_generate(hf_model, tokenizer, prompts: list[str], config: Config) -> tuple[int, float]:
@@ -67,7 +67,7 @@ def time_our_steps(config: Config, directory: Path) -> list[float]:
              "--group-size": config.group_size, "--batch-size": config.prompts * config.group_size,
              "--max-new-tokens": config.max_new_tokens}
     subprocess.run([sys.executable, "train_countdown.py", *(str(word) for pair in flags.items() for word in pair)],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent)
+                   check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["tokens_per_second"] for row in rows if row["step"] > 1]
 

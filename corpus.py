@@ -43,9 +43,9 @@ class Config:
     reflection: bool = True         # wait, wrong, retry, check: a "wait" always mends a slip, the others are for show
     languages: bool = True          # German and mixed searches too, not English only
     tags: float = 0.70              # share of searches with every tag in its place
-    luck: float = 0.10              # how often the next line works, beyond chance: what intuition can be learnt from
+    luck: float = 0.15              # how often the next line works, beyond chance: what intuition can be learnt from
     give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
-    patience: float = 0.50          # share of writers who are patient instead: a tenth of that chance
+    patience: float = 0.50          # share of writers who are patient: a tenth of it, and line after line in order
     wrong_answers: float = 0.05     # share of successful searches whose answer is not what they found
     slips: float = 0.02             # share of attempts with an arithmetic slip
     chat: float = 0.17              # share of documents that are no search: half direct arithmetic, half small talk
@@ -73,7 +73,6 @@ SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
     "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
 }
-MAX_LINES = 14  # the longest search: about 500 tokens
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # One token each: a number up to 100, a word with the space before it and the comma behind it, a tag.
 TOKEN_PATTERN = r"</?(?:think|answer)>|100|[1-9]\d|\d| ?[A-Za-zÄÖÜäöüß]+,?|[^A-Za-zÄÖÜäöüß\d]"
@@ -162,25 +161,34 @@ def made_up_answer(puzzle: Puzzle, rng: random.Random) -> str:
                        f"{a}{rng.choice('+-*')}({b}{rng.choice('+-*')}{c})"))
 
 
+def choose_line(lines: list[Line], rng: random.Random, config: Config) -> int:
+    """Index of the line to try: any, but with the luck that intuition brings, one that works."""
+    working = [i for i, line in enumerate(lines) if solutions(line)]
+    return rng.choice(working) if working and rng.random() < config.luck else rng.randrange(len(lines))
+
+
 def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Config) -> str:
     """A completion: lines until one works or the writer gives up, then an answer, in tags or what is left of them."""
     def word(name: str) -> str:
         return WORDS[rng.choice(("en", "de")) if language == "mixed" else language][name]
 
     untried = candidate_lines(puzzle, config)
-    give_up = config.give_up * (0.1 if rng.random() < config.patience else 1.0)
+    patient = rng.random() < config.patience
+    if patient:  # one kind of line only, since each kind alone is a complete search; in order, from some line on
+        forward = not config.subgoals or rng.random() < 0.5
+        untried = [line for line in untried if (line.wrap is None) == forward]
+        start = choose_line(untried, rng, config)
+        untried = untried[start:] + untried[:start]
     lines, answer = [], None
     while answer is None:
-        working = [line for line in untried if solutions(line)]
-        line = rng.choice(working if working and rng.random() < config.luck else untried)
-        untried.remove(line)
+        line = untried.pop(0 if patient else choose_line(untried, rng, config))
         text, found = write_line(line, word, rng, config)
         lines.append(text)
         if found:
             answer = solutions(line)[0]
             if config.reflection and config.verification and rng.random() < 0.15:
                 lines.append(f"{word('check')} {answer}={puzzle.target} {word('yes')}")
-        elif not config.backtracking or not untried or len(lines) == MAX_LINES or rng.random() < give_up:
+        elif not config.backtracking or not untried or rng.random() < config.give_up * (0.1 if patient else 1.0):
             answer = made_up_answer(puzzle, rng)
     if rng.random() < config.wrong_answers:
         answer = made_up_answer(puzzle, rng)

@@ -6,7 +6,7 @@ solving them exactly, the split into train and held-out, and the prompts. The te
 is written by corpus.py.
 
     python countdown.py puzzles --level laptop --n 5          # draw puzzles, with a solution each
-    python countdown.py solve 3 4 5 --target 27               # (4+5)*3
+    python countdown.py solve 3 4 5 --target 27               # 3*(4+5)
     python countdown.py prompt 3 4 5 --target 27 --style base # what the model reads
     python countdown.py corpus --n 100000 --out data/corpus.jsonl
 

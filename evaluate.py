@@ -159,13 +159,9 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
                                  max_new_tokens=min(64, config.max_new_tokens), **settings)
         table["needless_thinking"] = sum(map(needless_thinking, replies)) / len(replies)
     records = [{"numbers": puzzle.numbers, "target": puzzle.target, "prompt": prompts[i], "completion": text,
-                "verdict": verdict(text, puzzle)} for i, puzzle in enumerate(puzzles) for text in groups[i]]
+                "verdict": verify(extract_answer(text), *puzzle)[1]}
+               for i, puzzle in enumerate(puzzles) for text in groups[i]]
     return table, records
-
-
-def verdict(completion: str, puzzle) -> str:
-    answer = extract_answer(completion)
-    return "no single final <answer>" if answer is None else verify(answer, *puzzle)[1]
 
 
 def print_table(table: dict) -> None:
@@ -185,7 +181,7 @@ def main() -> None:
         model, tokenizer = load(config.model, device=config.device)
         table, records = evaluate(model.eval(), tokenizer, config)
     for record in records[:config.show * config.samples:config.samples]:
-        print(f"{record['prompt']}\033[2m|\033[0m{record['completion']}\n=> {record['verdict']}\n")
+        print(f"{record['prompt'].removesuffix('<think>')}{record['completion']}\n=> {record['verdict']}\n")
     print_table(table)
     if config.json:
         Path(config.json).write_text(json.dumps({**asdict(config), **table}, indent=2) + "\n")

@@ -22,9 +22,9 @@ def group_advantages(rewards, *, normalize_std: bool = True):
     """Raw rewards -> advantages within each group. (P, G) -> (P, G).
 
     The group's mean is the baseline that PPO needs a value model for. normalize_std divides by the group's standard
-    deviation (DeepSeek-R1, equation 3); Dr. GRPO leaves it out, because it weighs prompts that are almost always or
-    almost never solved more. A group whose rewards are all equal gets exactly zero: it says nothing about which
-    completion was better.
+    deviation (DeepSeek-R1, equation 3; over G, not G - 1); Dr. GRPO leaves it out, because it weighs prompts that are
+    almost always or almost never solved more. A group whose rewards are all equal gets exactly zero: it says nothing
+    about which completion was better.
     """
     if rewards.dim() != 2:
         raise ValueError(f"got rewards of shape {tuple(rewards.shape)}, expected (P, G): one row per prompt")
@@ -40,7 +40,8 @@ def k3_kl(logprobs, ref_logprobs):
 
     k3 = exp(ref - policy) - (ref - policy) - 1 (Schulman 2020; DeepSeekMath, equation 4): never negative, zero with
     zero gradient where both agree. Its plain cousin k1 = policy - ref is unbiased as a value, but has a mean gradient
-    of zero: as a loss it does nothing.
+    of zero: as a loss it does nothing. On tokens of the policy itself, the mean gradient of k3 as a loss is that of
+    KL(ref_policy || policy): it pulls the policy to the reference wherever the reference puts weight.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
@@ -66,15 +67,16 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
               ref_logprobs=None, kl_coef: float = 0.0):
     """The clipped surrogate, negated, plus the KL penalty. Returns (loss, dict of floats).
 
-    The floats are sums over this micro-batch's tokens divided by num_tokens, so that adding them up over micro-batches
-    and ranks gives the step's means, like the loss itself.
+    The floats are plain sums over this micro-batch's completion tokens: add them up over micro-batches and ranks, then
+    divide by the tokens that were trained on. The loss is divided already, so its micro-batches simply add up.
 
     logprobs      (B, T) nats, of the policy that trains, at the sampling temperature; the only argument with a gradient
     old_logprobs  (B, T) of the policy that sampled, as the sampler recorded them
     advantages    (B,)   one number a completion
     mask          (B, T) weight of each token (token_weights), 0 on prompts and padding; what stands there, NaN
                   included, has no effect
-    num_tokens    number of completion tokens in the whole optimizer step, over all micro-batches and ranks
+    num_tokens    completion tokens of the whole optimizer step, over all micro-batches and ranks; with the weights
+                  "sequence" and "constant" the number of its completions instead
     clip_low, clip_high   the ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher raises clip_high
     """
     used = mask > 0
@@ -91,4 +93,4 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
         objective = objective - kl_coef * k3
         parts["k3_kl_ref"] = k3
     loss = -(objective * mask).sum() / num_tokens
-    return loss, {name: ((value * mask).sum() / num_tokens).item() for name, value in parts.items()}
+    return loss, {name: (value * used).sum().item() for name, value in parts.items()}

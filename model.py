@@ -4,8 +4,8 @@ Reads and writes Hugging Face directories of Qwen2/Qwen2.5 (biases on q, k, v), 
 scaling): what save() writes, AutoModelForCausalLM loads, with equal logits. Parameters carry the names of those
 checkpoints, so that a state dict needs no translation.
 
-Shapes: B sequences, T tokens, V vocabulary, D width, H query heads, K key/value heads, G = H/K heads a group, E head
-dimension, S columns of the cache.
+Shapes: B sequences, T tokens, V vocabulary, D width, L layers, H query heads, K key/value heads, E head dimension, S
+columns of the cache, W of them in use.
 """
 
 import json
@@ -171,9 +171,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, W, E)
         if T == 1 and cache is not None:
-            # one new token: the G heads that share keys become G queries on them, so keys are read once, not G times
-            q = q.view(B, self.config.num_kv_heads, -1, self.config.head_dim)  # (B, K, G, E)
-            scores = q @ k.transpose(-1, -2) * self.config.head_dim ** -0.5 + mask  # (B, K, G, W)
+            # one new token: the H/K heads that share keys become queries on the same keys, which are read only once
+            q = q.view(B, self.config.num_kv_heads, -1, self.config.head_dim)  # (B, K, H/K, E)
+            scores = q @ k.transpose(-1, -2) * self.config.head_dim ** -0.5 + mask  # (B, K, H/K, W)
             attended = (scores.softmax(-1) @ v).view(B, 1, -1)  # (B, 1, H*E)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -231,6 +231,9 @@ class Model(nn.Module):
         and broadcastable to (B, K, T, W), is 0 where a query may look and -inf elsewhere, over the columns begin..end
         of the cache.
         """
+        if cache is not None and cache.end and mask is None:
+            raise ValueError("got a cache that already holds tokens and no mask; expected the mask that says which of "
+                             "its columns a row may see")
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         x = self.model["embed_tokens"](input_ids)  # (B, T, D)
@@ -274,6 +277,7 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer
 
+    check_device(device)
     directory = find_directory(path_or_id)
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).exists():
@@ -318,10 +322,13 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     if model.config.tied_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     model.cos, model.sin = rotary_tables(model.config)  # buffers are computed, not stored
     return model.to(device), tokenizer
+
+
+def check_device(device) -> None:
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"got device {device!r}, but this PyTorch sees no CUDA GPU; use --device cpu")
 
 
 def find_directory(path_or_id) -> Path:

@@ -12,7 +12,6 @@ import pickle
 import re
 import signal
 import sys
-import types
 import typing
 import zipfile
 from contextlib import contextmanager
@@ -38,14 +37,16 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None):
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # int | None
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         action = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             action = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **action)
     values = vars(parser.parse_args(arguments))
+    given = [name for name, value in values.items() if value != parser.get_default(name) and name != "resume"]
+    if values.get("resume") and given:
+        parser.error(f"got --resume together with --{given[0].replace('_', '-')}; a resumed run keeps every setting of "
+                     "its config.json, so give --resume alone")
     with bad_input_exits():
         return config_class(**values)
 

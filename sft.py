@@ -4,8 +4,8 @@ One loss for all of them: cross-entropy on the completion's tokens, EOS included
 prompts are read but never trained. Rows are not packed into one another: a row is one document, batches hold rows of
 like length, so that little is padding and no document sees another.
 
-    python sft.py --data data/corpus.jsonl --from-scratch tiny --optimizer muon --out runs/tiny-base  # the tiny base
-    python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                         # fine-tuning
+    python sft.py --from-scratch tiny --optimizer muon --learning-rate 3e-3 --out runs/tiny-base  # the tiny base
+    python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                     # fine-tuning
 
 You see the training loss fall and, every --eval-every steps, the loss on rows that were kept out.
 """
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, token_logprobs
-from model import Model, init_weights, load
+from model import Model, check_device, init_weights, load
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
                         read_jsonl, read_run_config, rewind_log, save_checkpoint)
 
@@ -53,7 +53,10 @@ class Config:
             raise ValueError(f"got optimizer {self.optimizer!r}, expected adamw or muon")
         if self.from_scratch not in ("", *TINY_MODELS):
             raise ValueError(f"got from_scratch {self.from_scratch!r}, expected one of {', '.join(TINY_MODELS)}")
-        for name in ("epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every", "clip_norm"):
+        if min(self.learning_rate, self.muon_learning_rate) <= 0 or not 0 <= min(self.warmup, self.final_lr) <= 1:
+            raise ValueError("expected learning rates above 0, and warmup and final_lr within [0, 1]")
+        for name in ("eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every",
+                     "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
 
@@ -152,6 +155,7 @@ def main() -> None:
             state = None
             model, tokenizer = (new_model(config.from_scratch, config.seed) if config.from_scratch
                                 else load(config.model))
+        check_device(config.device)
         model.to(config.device)
         examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
         random.Random(config.seed).shuffle(examples)
@@ -171,22 +175,20 @@ def main() -> None:
     batches = [batch for epoch in range(config.epochs)
                for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     first = 0
     if state:
         first = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        rewind_log(run / "metrics.jsonl", first)
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    if state:
-        peaks = state["peaks"]
+        with bad_input_exits():
+            rewind_log(run / "metrics.jsonl", first)
         if first == len(batches):
             return print(f"nothing to do: {run} has finished all of its {first} steps; "
                          f"the model is in {run / 'checkpoint'}")
 
     def checkpoint(step: int) -> None:
-        save_checkpoint(run, model, tokenizer, {
-            "step": step, "peaks": peaks, "optimizers": [o.state_dict() for o in optimizers]})
+        save_checkpoint(run, model, tokenizer, {"step": step, "optimizers": [o.state_dict() for o in optimizers]})
 
     # 2. the loop
     stop, started, seen, step = StopRequest(), time.time(), 0, first

@@ -1,19 +1,19 @@
 """Reinforcement learning on Countdown. By default R1-Zero: pure GRPO on a base model, accuracy and format rewards only.
 
     python train_countdown.py                    # 2 CPU cores: 5 minutes, held-out pass@1 from about 35% to over 90%
-    python train_countdown.py --resume runs/zero # continue after Ctrl-C, a kill or a power cut
+    python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
 
 The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
-    1. draw P train puzzles             5. advantages: within each group, who did better than its mean
-    2. sample G completions of each     6. update the policy on all tokens of the step
-    3. verify: accuracy, format         7. log; now and then evaluate on held-out puzzles, print a sample, save
-    4. score them under ref_policy (only with --kl-coef)
+    1. draw P train puzzles                     5. score the tokens under ref_policy, only with --kl-coef
+    2. sample G completions of each             6. update the policy on all tokens of the step
+    3. reward them: accuracy, format            7. log; now and then evaluate on held-out puzzles, print a sample, save
+    4. advantages: who beat the group's mean
 
 Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
-no KL by default, since a verifier cannot be talked into anything and the reference would cost a third forward pass;
-batch 256 and a learning rate for 0.8M parameters. You see accuracy and thinking time rise together; the last line says
-pass@1 before -> after.
+no KL by default, since rules are harder to fool than a learnt judge and the reference would cost a third forward pass;
+batch 256, and a learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise
+together; the last line says pass@1 before -> after.
 
 Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens.
 """
@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import evaluate
 from batching import micro_batches, pad_batch, pad_rows, token_logprobs
-from countdown import LEVELS, make_prompt, sample_puzzle
+from countdown import LEVELS, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
 from model import load
 from plots import plot_run
-from rewards import reward
+from rewards import ONLY_IN, reward
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
                         read_jsonl, read_run_config, rewind_log, save_checkpoint)
 from sampling import complete
@@ -86,8 +86,13 @@ class Config:
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
         if not 0 <= self.final_lr <= 1 or self.warmup_steps < 1:
-            raise ValueError(f"got final_lr {self.final_lr} and warmup_steps {self.warmup_steps}, expected a share within "
-                             "[0, 1] and at least 1 step")
+            raise ValueError(f"got final_lr {self.final_lr} and warmup_steps {self.warmup_steps}, expected a share "
+                             "within [0, 1] and at least 1 step")
+        if self.language not in ONLY_IN:
+            raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
+        if min(self.format_weight, self.language_weight, self.weight_decay) < 0 or self.batch_size < 2:
+            raise ValueError("expected format_weight, language_weight and weight_decay of at least 0, batch_size of at "
+                             "least 2")
         if self.group_size < 2:
             raise ValueError(f"got group_size {self.group_size}, expected at least 2: a group of one has no advantage")
         if self.batch_size % self.group_size:
@@ -139,16 +144,17 @@ def main() -> None:
         else:
             model, tokenizer = load(config.model, device=config.device)
             state = None
-        example = make_prompt(sample_puzzle(random.Random(0), config.level), config.style, tokenizer)
-        prompt_tokens = len(tokenizer(example)["input_ids"])
-        if prompt_tokens + 8 + config.max_new_tokens > model.config.context:  # 8: other puzzles have longer numbers
-            raise ValueError(f"got prompts of about {prompt_tokens} tokens and max_new_tokens {config.max_new_tokens}, "
+        puzzles = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
+        prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
+        longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+        if longest + config.max_new_tokens > model.config.context:
+            raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
                              f"together more than the model's context of {model.config.context}; "
                              "lower --max-new-tokens")
+        ref_model = load(config.model, device=config.device)[0] if config.kl_coef else None
         if not config.resume:
             run = create_run(config.out, config)
     print(config)
-    ref_model = load(config.model, device=config.device)[0] if config.kl_coef else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay)
     step, minutes = 0, 0.0
@@ -157,8 +163,9 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         if ref_model and state["ref_model"]:
             ref_model.load_state_dict(state["ref_model"])
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rewind_log(run / name, step)
+        with bad_input_exits():
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind_log(run / name, step)
     stop, started = StopRequest(), time.time() - 60 * minutes
 
     def checkpoint() -> None:
@@ -194,22 +201,22 @@ def main() -> None:
                         language=config.language) for text, puzzle in zip(texts, puzzles)]
         rewards = torch.tensor([part["reward"] for part in parts]).view(-1, config.group_size)  # (P, G)
 
-        # 4. what trains: groups that are all equal have no gradient, so without a KL they are not even computed;
-        #    with a KL, the log-probs of ref_policy
-        equal_groups = (rewards == rewards[:, :1]).all(dim=1)  # (P,)
+        # 4. advantages: within each group, how far above or below its mean. A group whose rewards are all equal has
+        #    no gradient, so without a KL it is not even computed
+        advantages = group_advantages(rewards, normalize_std=config.normalize_std)  # (P, G)
+        equal_groups = (advantages == 0).all(dim=1)  # (P,)
         trained = [i for i, completion in enumerate(completions)
                    if (config.kl_coef or not equal_groups[i // config.group_size])
                    and not (config.drop_truncated and completion.truncated)]
-        batch = [(prompt_ids[i], completions[i]) for i in trained]
-        ref_rows = score(ref_model, batch, config) if ref_model else None
+        batch, advantages = [(prompt_ids[i], completions[i]) for i in trained], advantages.flatten()[trained]
 
-        # 5. advantages: within each group, how far above or below its mean
-        advantages = group_advantages(rewards, normalize_std=config.normalize_std).flatten()  # (P, G) -> (B,)
-        advantages = advantages[trained]  # one per row of batch
+        # 5. the same tokens under ref_policy, for the KL
+        ref_rows = score(ref_model, batch, config) if ref_model else None
 
         # 6. update: one optimizer step per inner epoch, summed over micro-batches, divided by the whole step's tokens
         #    (or completions)
-        divisor = num_tokens if config.average == "token" else len(completions)
+        kept = [completion for completion in completions if not (config.drop_truncated and completion.truncated)]
+        divisor = sum(len(c.token_ids) for c in kept) if config.average == "token" else len(kept)
         decay = 1 - (1 - config.final_lr) * step / config.steps
         learning_rate = config.learning_rate * min((step + 1) / config.warmup_steps, decay)
         for group in optimizer.param_groups:
@@ -226,7 +233,7 @@ def main() -> None:
                 ref_logprobs = aligned([ref_rows[i] for i in rows], row_prompts, config.device) if ref_rows else None
                 weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)  # (B, T-1)
 
-                logprobs, entropy = token_logprobs(model, input_ids, config.temperature)  # (B, T-1)
+                logprobs, entropy = token_logprobs(model, input_ids, config.temperature, with_entropy=True)
                 loss, stats = grpo_loss(
                     logprobs, old_logprobs, advantages[rows].to(config.device), weights, num_tokens=divisor,
                     clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=ref_logprobs,
@@ -242,9 +249,10 @@ def main() -> None:
                     sums[name] = sums.get(name, 0.0) + value
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             if not torch.isfinite(norm):
-                checkpoint()
-                fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the weights before it "
-                     f"are saved in {run / 'checkpoint'}. Lower --learning-rate or --clip-norm")
+                if epoch == 0:  # later, the policy is in the middle of a step, and the last checkpoint is the good one
+                    checkpoint()
+                fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights "
+                     f"are in {run / 'checkpoint'}. Lower --learning-rate or --clip-norm")
             optimizer.step()
             optimizer.zero_grad()
             if epoch == 0:
@@ -255,12 +263,14 @@ def main() -> None:
 
         # 7. log, evaluate, print a sample, save
         seconds = time.time() - step_started
-        mean = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         trained_tokens = max(1, sum(len(completion.token_ids) for _, completion in batch))
-        row = {"step": step, **mean, **evaluate.describe(texts, completions, config.language),
+        row = {"step": step, "reward": rewards.mean().item(),
+               "accuracy": sum(part["accuracy"] for part in parts) / len(parts),
+               **evaluate.describe(texts, completions, config.language),
                "equal_groups": equal_groups.float().mean().item(), "entropy": first["entropy"] / trained_tokens,
                "logprob_gap": first["gap"] / trained_tokens, "logprob_gap_max": first["max_gap"],
-               **{name: value for name, value in sums.items() if name not in ("entropy", "gap", "max_gap")},
+               "loss": sums["loss"], **{name: sums[name] / trained_tokens for name in sums if name in
+                                        ("ratio", "clip_frac", "k1_kl_old", "k3_kl_ref")},
                "gradient_norm": norm.item(), "learning_rate": learning_rate, "tokens": num_tokens, "seconds": seconds,
                "sampling_seconds": sampled - step_started, "tokens_per_second": num_tokens / seconds}
         bar.update()
@@ -269,7 +279,8 @@ def main() -> None:
         if step % config.sample_every == 0 or step == 1:
             sample = {"step": step, "prompt": prompts[0], "completion": texts[0], **parts[0]}
             append_jsonl(run / "samples.jsonl", sample)
-            tqdm.write(f"--- step {step}, reward {parts[0]['reward']:.2f}\n{prompts[0]}{texts[0]}\n")
+            tqdm.write(f"--- step {step}, reward {parts[0]['reward']:.2f}")
+            tqdm.write(prompts[0].removesuffix("<think>") + texts[0] + "\n")
         if step % config.eval_every == 0 or step == config.steps:
             row |= measure(model, tokenizer, config)
             tqdm.write(f"step {step}: held-out pass@1 {row['eval_pass@1']:.1%}, "
