@@ -93,4 +93,4 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
         objective = objective - kl_coef * k3
         parts["k3_kl_ref"] = k3
     loss = -(objective * mask).sum() / num_tokens
-    return loss, {name: (value * used).sum().item() for name, value in parts.items()}
+    return loss, {name: value[used].float().sum().item() for name, value in parts.items()}

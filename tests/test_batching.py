@@ -12,7 +12,8 @@ from batching import micro_batches, pad_batch, pad_rows, token_logprobs
 @pytest.mark.parametrize("budget", (1, 10, 64, 10_000))
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_hold_every_row_once_within_the_budget(budget, seed):
-    """rows * longest row <= budget, padding included; only a row that is itself longer than the budget stands alone above it."""
+    """rows * longest row <= budget, padding included; only a row that is itself longer than the budget stands alone
+    above it."""
     rng = random.Random(seed)
     lengths = [rng.randint(1, 40) for _ in range(50)]
     groups = micro_batches(lengths, budget)
@@ -21,7 +22,8 @@ def test_micro_batches_hold_every_row_once_within_the_budget(budget, seed):
 
 
 def test_micro_batches_put_like_lengths_together():
-    """Lengths rise through the groups, so little is padding; by hand, with a budget of 12: 3 * 3, 2 * 6, then 13 on its own."""
+    """Lengths rise through the groups, so little is padding; by hand, with a budget of 12: 3 * 3, 2 * 6, then 13 on its
+    own."""
     assert micro_batches([6, 3, 13, 2, 5, 3], 12) == [[3, 1, 5], [4, 0], [2]]
     assert micro_batches([4, 4, 4], 12) == [[0, 1, 2]]  # the budget itself still fits
     assert micro_batches([4, 4, 4], 11) == [[0, 1], [2]]
@@ -32,12 +34,12 @@ def test_pad_rows_fills_up_on_the_right():
     assert pad_rows([[1.0], [2.0, 3.0]], 0.5, dtype=torch.float32).tolist() == [[1.0, 0.5], [2.0, 3.0]]
 
 
-@pytest.mark.parametrize("pad_id", (0, 2), ids=("pad is its own token", "pad is EOS, and a prompt and a completion hold it"))
+@pytest.mark.parametrize("pad_id", (0, 2), ids=("pad is a token of its own", "pad is EOS"))
 def test_the_mask_comes_from_lengths(pad_id):
     """mask[b, t] = 1 iff input_ids[b, t+1] is of the completion. EOS (2) is trained, prompts and padding never are.
 
-    row 0: prompt 2 5 6, completion 7 2      row 1: prompt 5, completion 8 2 9 2     row 2: prompt 5 6, completion 9 (truncated)
-    """
+    row 0: prompt 2 5 6, completion 7 2; row 1: prompt 5, completion 8 2 9 2; row 2: prompt 5 6, completion 9,
+    truncated. """
     input_ids, mask = pad_batch([[2, 5, 6], [5], [5, 6]], [[7, 2], [8, 2, 9, 2], [9]], pad_id=pad_id)
     p = pad_id
     assert input_ids.tolist() == [[2, 5, 6, 7, 2], [5, 8, 2, 9, 2], [5, 6, 9, p, p]]
@@ -51,15 +53,17 @@ def test_every_prompt_needs_its_completion():
 
 def fixed(logits):
     """A model that gives these logits (T, V) at every row."""
-    return lambda input_ids: torch.tensor(logits, dtype=torch.float64)[None, :input_ids.shape[1]].expand(len(input_ids), -1, -1)
+    logits = torch.tensor(logits, dtype=torch.float64)
+    return lambda input_ids: logits[None, :input_ids.shape[1]].expand(len(input_ids), -1, -1)
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.5, 2.0))
 def test_logprobs_are_of_the_next_token_at_the_sampling_temperature(temperature):
-    """log softmax(logits / T) of input_ids[:, 1:]. Probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4), raised to 1/T and normalised."""
+    """log softmax(logits / T) of input_ids[:, 1:]. Probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4), raised to 1/T and
+    normalised."""
     p = [[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]
     model = fixed([[math.log(x) + 7 for x in row] for row in p])  # a constant more changes nothing
-    logprobs, entropy = token_logprobs(model, torch.tensor([[0, 1, 2], [2, 0, 0]]), temperature)
+    logprobs, entropy = token_logprobs(model, torch.tensor([[0, 1, 2], [2, 0, 0]]), temperature, with_entropy=True)
     q = [[x ** (1 / temperature) / sum(y ** (1 / temperature) for y in row) for x in row] for row in p]
     expected = [[math.log(q[0][1]), math.log(q[1][2])], [math.log(q[0][0]), math.log(q[1][0])]]
     torch.testing.assert_close(logprobs.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
@@ -68,13 +72,13 @@ def test_logprobs_are_of_the_next_token_at_the_sampling_temperature(temperature)
 
 def test_the_entropy_of_a_uniform_policy_is_the_logarithm_of_the_vocabulary():
     """Nats per token, over the full vocabulary: ln V. A policy that is sure has 0."""
-    _, entropy = token_logprobs(fixed([[0.0] * 50, [0.0] + [-200.0] * 49]), torch.tensor([[1, 2, 3]]))
+    _, entropy = token_logprobs(fixed([[0.0] * 50, [0.0] + [-200.0] * 49]), torch.tensor([[1, 2, 3]]), with_entropy=True)
     assert entropy[0].tolist() == pytest.approx([math.log(50), 0.0], abs=1e-5)
 
 
 def test_logprobs_carry_the_gradient_and_the_entropy_does_not():
     logits = torch.zeros(1, 2, 4, requires_grad=True)
-    logprobs, entropy = token_logprobs(lambda ids: logits, torch.tensor([[0, 1, 2]]), temperature=0.5)
+    logprobs, entropy = token_logprobs(lambda ids: logits, torch.tensor([[0, 1, 2]]), temperature=0.5, with_entropy=True)
     assert not entropy.requires_grad
     logprobs.sum().backward()
     assert logits.grad[0, 0].tolist() == pytest.approx([-0.5, 1.5, -0.5, -0.5])  # (one-hot - softmax) / T

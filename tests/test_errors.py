@@ -1,4 +1,5 @@
-"""Bad input, as a user meets it: one line that says what was got, what was expected and how to mend it; exit code 2; nothing is lost."""
+"""Bad input, as a user meets it: one line that says what was got, what was expected and how to mend it; exit code 2;
+nothing is lost."""
 
 import json
 import math
@@ -22,8 +23,10 @@ import train_countdown
 from model import load, save
 
 ROOT = Path(train_countdown.__file__).parent
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-QUICK = ("--steps", "4", "--batch-size", "16", "--group-size", "4", "--max-new-tokens", "16", "--eval-n", "8", "--eval-every", "100", "--save-every", "1")
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16)
+QUICK = ("--steps", "4", "--batch-size", "16", "--group-size", "4", "--max-new-tokens", "16", "--eval-n", "8",
+         "--eval-every", "100", "--save-every", "1")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def finished(base, tmp_path_factory):
     """The folder of a finished run of one step."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_countdown.py", "--model", str(base), "--out", str(run), *QUICK, "--steps", "1"])
+        patch.setattr(sys, "argv", ["x", "--model", str(base), "--out", str(run), *QUICK, "--steps", "1"])
         patch.setattr(train_countdown, "plot_run", lambda run: None)
         train_countdown.main()
     return run
@@ -86,7 +89,7 @@ def cases(*rows):
 
 
 def content(directory) -> dict:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -137,12 +140,13 @@ def test_bad_values_are_refused_by_the_other_scripts(script, flags, says, base, 
 
 def test_a_true_command_line_ends_without_a_traceback():
     """As a shell sees it: exit code 2, one line, nothing on the screen besides."""
-    done = subprocess.run([sys.executable, ROOT / "train_countdown.py", "--batch-size", "20", "--group-size", "6"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "train_countdown.py", "--batch-size", "20", "--group-size", "6"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: got group_size 6, which must divide batch_size 20; try 5\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 def edit(name, **changes):
@@ -154,7 +158,7 @@ def edit(name, **changes):
 
 @pytest.mark.parametrize("script", (train_countdown, sft, evaluate), ids=lambda script: script.__name__)
 @pytest.mark.parametrize("spoil, says", (
-    (lambda d: (d / "model.safetensors").unlink(), ("without model.safetensors", "expected the weights as safetensors")),
+    (lambda d: (d / "model.safetensors").unlink(), ("without model.safetensors", "expected the weights as")),
     (lambda d: (d / "tokenizer.json").unlink(), ("without tokenizer.json", "expected config.json")),
     (lambda d: (d / "config.json").unlink(), ("without config.json", "expected config.json")),
     (edit("config.json", model_type="gpt2"), ("architecture 'gpt2'", "expected one of qwen2, qwen3, llama")),
@@ -173,10 +177,12 @@ def test_prompts_longer_than_the_context_are_refused(base, refused, tmp_path):
     """Before work starts: the context of this model is 1,024 tokens."""
     refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--max-new-tokens", "1020",
             says=("max_new_tokens 1020", "context of 1024", "lower --max-new-tokens"))
-    refused(evaluate, "--model", base, "--max-new-tokens", "1020", says=("max_new_tokens 1020", "context of 1024", "lower max_new_tokens to 10"))
+    refused(evaluate, "--model", base, "--max-new-tokens", "1020",
+            says=("max_new_tokens 1020", "context of 1024", "lower max_new_tokens to 10"))
     data = tmp_path / "data.jsonl"
-    run_folder.append_jsonl(data, {"prompt": "hi\n", "completion": "+" * 1100}, {"prompt": "hi\n", "completion": "hello"})
-    refused(sft, "--model", base, "--data", data, "--eval-rows", "1", "--out", tmp_path / "run", says=("got a row of 1103 tokens", "context of 1024"))
+    run_folder.append_jsonl(data, *({"prompt": "hi\n", "completion": text} for text in ("+" * 1100, "hello")))
+    refused(sft, "--model", base, "--data", data, "--eval-rows", "1", "--out", tmp_path / "run",
+            says=("got a row of 1103 tokens", "context of 1024"))
     assert not (tmp_path / "run").exists()
 
 
@@ -184,17 +190,18 @@ def test_prompts_longer_than_the_context_are_refused(base, refused, tmp_path):
     (None, ("data.jsonl",)),
     (['{"prompt": "hi", "completion": "hello"}', "{broken"], ("data.jsonl, line 2", "expected one JSON object a line")),
     (['{"prompt": "hi", "completion": "hello"}', "[1, 2]"], ("line 2", "expected a JSON object")),
-    (['{"prompt": "hi", "completion": "hello"}', '{"prompt": "hi"}'], ("line 2", "without text in prompt and completion")),
+    (['{"prompt": "hi", "completion": "hello"}', '{"prompt": "hi"}'], ("line 2", "without text in prompt")),
     (['{"prompt": "hi", "completion": "hello"}'], ("got 1 rows", "expected at least one on each side")),
 ), ids=("missing", "broken line", "no object", "no completion", "too few"))
 def test_bad_data_is_refused_with_its_line(lines, says, base, refused, tmp_path):
     if lines:
         (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    refused(sft, "--model", base, "--data", tmp_path / "data.jsonl", "--eval-rows", "1", "--out", tmp_path / "run", says=says)
+    refused(sft, "--model", base, "--data", tmp_path / "data.jsonl", "--eval-rows", "1", "--out", tmp_path / "run",
+            says=says)
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- nothing is overwritten
+# ----------------------------------------------------------------------------------------------- nothing is overwritten
 
 
 @pytest.mark.parametrize("script", (train_countdown, sft), ids=lambda script: script.__name__)
@@ -203,7 +210,8 @@ def test_a_folder_that_holds_a_run_is_left_alone(script, base, finished, refused
     run_folder.append_jsonl(data, *[{"prompt": "hi\n", "completion": "hello"}] * 3)
     before = content(finished)
     flags = ("--data", data, "--eval-rows", "1") if script is sft else QUICK
-    refused(script, "--model", base, "--out", finished, *flags, says=(f"got output folder {finished}", "already holds a run", "--out", f"--resume {finished}"))
+    refused(script, "--model", base, "--out", finished, *flags,
+            says=(f"got output folder {finished}", "already holds a run", "--out", f"--resume {finished}"))
     assert content(finished) == before
 
 
@@ -211,12 +219,13 @@ def test_an_evaluation_never_overwrites_its_table_and_never_loses_it(base, refus
     """An existing file and a folder that is not there are both found out before the evaluation, not after it."""
     table = tmp_path / "table.json"
     table.write_text("precious")
-    refused(evaluate, "--model", base, "--n", "4", "--max-new-tokens", "8", "--json", table, says=(f"got --json {table}", "name another file"))
+    flags = ("--model", base, "--n", "4", "--max-new-tokens", "8", "--json")
+    refused(evaluate, *flags, table, says=(f"got --json {table}", "name another file"))
     assert table.read_text() == "precious"
-    refused(evaluate, "--model", base, "--n", "4", "--max-new-tokens", "8", "--json", tmp_path / "no" / "table.json", says=(tmp_path / "no",))
+    refused(evaluate, *flags, tmp_path / "no" / "table.json", says=(tmp_path / "no",))
 
 
-# ---------------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 
 
 def shorten(name, share):
@@ -229,17 +238,19 @@ def shorten(name, share):
 @pytest.mark.parametrize("spoil, says", (
     (shorten("checkpoint/trainer_state.pt", 0.7), ("corrupt or truncated", "trainer_state.pt", "--model")),
     (shorten("checkpoint/trainer_state.pt", 0), ("corrupt or truncated", "trainer_state.pt", "--model")),
-    (lambda run: (run / "checkpoint/trainer_state.pt").write_bytes(b"rubbish" * 1000), ("corrupt or truncated", "trainer_state.pt", "--model")),
+    (lambda run: (run / "checkpoint/trainer_state.pt").write_bytes(b"rubbish" * 1000),
+     ("corrupt or truncated", "trainer_state.pt", "--model")),
     (lambda run: (run / "checkpoint/trainer_state.pt").unlink(), ("without trainer_state.pt", "--model")),
     (shorten("checkpoint/model.safetensors", 0.7), ("corrupt or truncated weights file", "model.safetensors")),
     (shorten("checkpoint/config.json", 0.7), ("checkpoint/config.json", "got")),
     (lambda run: shutil.rmtree(run / "checkpoint"), ("without a checkpoint", "expected")),
     (lambda run: (run / "config.json").unlink(), ("there is no", "config.json", "expected the folder of a run")),
     (shorten("config.json", 0.5), ("config.json", "cannot read")),
-    (lambda run: (run / "config.json").write_text('{"colour": "red"}'), ("config.json", "cannot read", "another script")),
-    (lambda run: (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "rew'), ("metrics.jsonl, line 2", "expected one JSON object a line")),
-), ids=("state cut", "state empty", "state rubbish", "no state", "weights cut", "model config cut", "no checkpoint", "no config", "config cut",
-        "another script's config", "half a line in the log"))
+    (lambda run: (run / "config.json").write_text('{"colour": "red"}'), ("config.json", "cannot read", "another")),
+    (lambda run: (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "rew'),
+     ("metrics.jsonl, line 2", "expected one JSON object a line")),
+), ids=("state cut", "state empty", "state rubbish", "no state", "weights cut", "model config cut", "no checkpoint",
+        "no config", "config cut", "another script's config", "half a line in the log"))
 def test_a_corrupt_run_is_not_continued_and_not_touched(spoil, says, finished, refused, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -252,13 +263,14 @@ def test_a_corrupt_run_is_not_continued_and_not_touched(spoil, says, finished, r
 def test_a_resumed_run_needs_its_first_model_for_the_kl(monkeypatch, base, refused, tmp_path):
     """The reference is the model that the run began with; if that directory is gone, one line says so."""
     shutil.copytree(base, tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", ["x", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), *QUICK, "--steps", "1", "--kl-coef", "0.1"])
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), *QUICK,
+                                      "--steps", "1", "--kl-coef", "0.1"])
     train_countdown.main()
     shutil.rmtree(tmp_path / "model")
     refused(train_countdown, "--resume", tmp_path / "run", says=(tmp_path / "model", "no directory here"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- NaN
+# ------------------------------------------------------------------------------------------------------------------ NaN
 
 
 def is_finite(run) -> bool:
@@ -266,8 +278,8 @@ def is_finite(run) -> bool:
 
 
 def test_a_nan_loss_ends_the_run_with_the_last_good_weights(monkeypatch, base, refused, tmp_path):
-    """Step 3's loss is NaN: the weights of step 2 are what the checkpoint holds, and a resumed run goes on from them as if nothing
-    had happened."""
+    """Step 3's loss is NaN: the weights of step 2 are what the checkpoint holds, and a resumed run goes on from them as
+    if nothing had happened."""
     run, calls, loss = tmp_path / "run", [], train_countdown.grpo_loss
 
     def nan_in_step_3(*args, **settings):
@@ -277,7 +289,7 @@ def test_a_nan_loss_ends_the_run_with_the_last_good_weights(monkeypatch, base, r
     with monkeypatch.context() as patch:
         patch.setattr(train_countdown, "grpo_loss", nan_in_step_3)
         refused(train_countdown, "--model", base, "--out", run, *QUICK, "--save-every", "100",
-                says=("got a gradient norm of nan at step 3", "expected a finite one", "checkpoint", "Lower --learning-rate"))
+                says=("gradient norm of nan at step 3", "expected a finite one", "checkpoint", "Lower --learning-rate"))
     assert is_finite(run) and run_folder.load_checkpoint(run)[2]["step"] == 2
     for flags in (("--resume", run), ("--model", base, "--out", tmp_path / "whole", *QUICK)):
         monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
@@ -300,35 +312,40 @@ def break_weights_at_step(monkeypatch, n: int):
 
 
 def test_broken_weights_end_the_run_and_never_replace_a_good_checkpoint(monkeypatch, base, refused, tmp_path):
-    """NaN weights sample the same token for ever, so that all rewards are equal and no gradient is computed that could be NaN. The
-    checkpoint of step 2 stays as it was, instead of NaN weights over it."""
+    """NaN weights sample the same token for ever, so that all rewards are equal and no gradient is computed that could
+    be NaN. The checkpoint of step 2 stays as it was, instead of NaN weights over it."""
     break_weights_at_step(monkeypatch, 3)
-    refused(train_countdown, "--model", base, "--out", tmp_path / "run", *QUICK, "--save-every", "2", says=("nan", "expected", "checkpoint"))
+    refused(train_countdown, "--model", base, "--out", tmp_path / "run", *QUICK, "--save-every", "2",
+            says=("nan", "expected", "checkpoint"))
     assert is_finite(tmp_path / "run") and run_folder.load_checkpoint(tmp_path / "run")[2]["step"] == 2
 
 
 def test_broken_weights_end_supervised_training_too(monkeypatch, base, refused, tmp_path):
     run_folder.append_jsonl(tmp_path / "data.jsonl", *corpus.write_corpus(corpus.Config(n=60)))
     break_weights_at_step(monkeypatch, 3)
-    refused(sft, "--model", base, "--data", tmp_path / "data.jsonl", "--eval-rows", "10", "--batch-tokens", "500", "--save-every", "2",
-            "--out", tmp_path / "run", says=("gradient norm of nan at step 4", "expected a finite one", "checkpoint"))
+    refused(sft, "--model", base, "--data", tmp_path / "data.jsonl", "--eval-rows", "10", "--batch-tokens", "500",
+            "--save-every", "2", "--out", tmp_path / "run", says=("nan at step 4", "expected a finite one", "checkpoint"))
     assert is_finite(tmp_path / "run") and run_folder.load_checkpoint(tmp_path / "run")[2]["step"] == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- Ctrl-C
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
-    """A true process and a true signal: exit code 130, the step in progress is finished and saved, and the resumed run goes on there."""
+    """A true process and a true signal: exit code 130, the step in progress is finished and saved, and the resumed run
+    goes on there."""
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, ROOT / "train_countdown.py", "--model", base, "--out", run, *QUICK, "--steps", "100000", "--save-every", "100000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2):
+    command = [sys.executable, ROOT / "train_countdown.py", "--model", base, "--out", run, *QUICK, "--steps", "100000",
+               "--save-every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = run / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):  # two steps are done
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert f"continue with: python train_countdown.py --resume {run}" in out and "Traceback" not in error
-    last = run_folder.read_jsonl(run / "metrics.jsonl")[-1]["step"]
+    last = run_folder.read_jsonl(log)[-1]["step"]
     _, _, state = run_folder.load_checkpoint(run)
     assert state["step"] == last >= 2 and load(run / "checkpoint")

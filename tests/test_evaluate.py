@@ -1,4 +1,5 @@
-"""The evaluator: estimators by hand, and what it asks, of which puzzles, how often. Texts come from a fake sampler where they must be known."""
+"""The evaluator: estimators by hand, and what it asks, of which puzzles, how often. Texts come from a fake sampler
+where they must be known."""
 
 import json
 import math
@@ -21,14 +22,15 @@ from sampling import Completion
 def random_model():
     """One layer that knows nothing -> (model, tokenizer)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sft.TINY_MODELS, "test", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                                    num_key_value_heads=1, head_dim=16))
+        patch.setitem(sft.TINY_MODELS, "test", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                    num_attention_heads=2, num_key_value_heads=1, head_dim=16))
         return sft.new_model("test", seed=0)
 
 
 @pytest.fixture
 def fake_sampler(monkeypatch):
-    """Puts write(prompt, i) in the place of complete(), i counting the prompts of one call; returns the calls' prompts."""
+    """Puts write(prompt, i) in the place of complete(), i counting the prompts of one call; returns the calls'
+    prompts."""
     def install(write):
         calls = []
 
@@ -45,7 +47,7 @@ def answer(expression: str) -> str:
     return f"<think>\n1+1=2\n</think>\n<answer>{expression}</answer>"
 
 
-# ---------------------------------------------------------------------------------------------------------------- estimators
+# ----------------------------------------------------------------------------------------------------------- estimators
 
 
 @pytest.mark.parametrize("p, n, low, high", (
@@ -55,7 +57,8 @@ def answer(expression: str) -> str:
     (0.9, 512, 0.87096, 0.92308),
 ))
 def test_wilson_interval_by_hand(p, n, low, high):
-    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96: no point at 0 and 1, and not symmetric near them."""
+    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96: no point at 0 and 1, and not symmetric near
+    them."""
     assert wilson_interval(p, n) == pytest.approx((low, high), abs=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_pass_at_k_equals_the_share_of_all_draws(n):
             assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws))
 
 
-# ---------------------------------------------------------------------------------------------------------------- majority vote
+# -------------------------------------------------------------------------------------------------------- majority vote
 
 
 @pytest.mark.parametrize("expressions, winner", (
@@ -98,7 +101,8 @@ def test_pass_at_k_equals_the_share_of_all_draws(n):
     ([], None),
 ))
 def test_majority_vote_by_hand(expressions, winner):
-    """Puzzle 3 4 5. A voter's value counts, not its text; whoever has no valid expression over the puzzle's numbers has no vote."""
+    """Puzzle 3 4 5. A voter's value counts, not its text; whoever has no valid expression over the puzzle's numbers has
+    no vote."""
     assert majority_answer([answer(expression) for expression in expressions], (3, 4, 5)) == winner
 
 
@@ -119,14 +123,16 @@ def test_the_vote_never_sees_the_target():
 
 
 def test_describe_takes_means_over_completions():
-    """Of two completions one is well formed, one cut off after 9 tokens with two failed lines, two "wait" and a German word."""
-    texts = ["<think>\n4+5=9,9 3:9*3=27?27 yes\n</think>\n<answer>(4+5)*3</answer>", "<think>\n5-4=1,?27 no wait,\n4-3=1, wait, nein\n5+4=9"]
+    """Of two completions one is well formed, one cut off after 9 tokens with two failed lines, two "wait" and a German
+    word."""
+    texts = ["<think>\n4+5=9,9 3:9*3=27?27 yes\n</think>\n<answer>(4+5)*3</answer>",
+             "<think>\n5-4=1,?27 no wait,\n4-3=1, wait, nein\n5+4=9"]
     row = describe(texts, [Completion([1] * 5, [], truncated=False), Completion([1] * 9, [], truncated=True)])
-    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "backtracks": 1.0, "reflection_words": 1.0,
-                   "language": (1 + 3 / 4) / 2, "mixed": 0.5}
+    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "backtracks": 1.0,
+                   "reflection_words": 1.0, "language": (1 + 3 / 4) / 2, "mixed": 0.5}
 
 
-# ---------------------------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------------------------------------ the whole
 
 
 def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
@@ -143,7 +149,8 @@ def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
 
 
 def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
-    """4 samples of each of 3 puzzles. Right: all of the first, one of the second (outvoted by two that agree), none of the third.
+    """4 samples of each of 3 puzzles. Right: all of the first, one of the second (two that agree outvote it), none
+    else.
 
     pass@1 = (1 + 1/4 + 0) / 3, pass@4 = 2/3, maj@4 = 1/3.
     """
@@ -158,7 +165,7 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     calls = fake_sampler(lambda prompt, i: write(prompt, i) if i < 12 else "hello")
     table, records = evaluate.evaluate(None, None, Config(n=3, samples=4))
     assert calls[0][0] == [make_prompt(puzzle) for puzzle in puzzles for _ in range(4)] and len(records) == 12
-    assert table["pass@1"] == pytest.approx(1.25 / 3) and table["pass@4"] == pytest.approx(2 / 3) and table["maj@4"] == pytest.approx(1 / 3)
+    assert [table[name] for name in ("pass@1", "pass@4", "maj@4")] == pytest.approx([1.25 / 3, 2 / 3, 1 / 3])
 
 
 def test_greetings_are_asked_and_thinking_about_them_is_counted(fake_sampler):
@@ -173,11 +180,12 @@ def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
     calls = fake_sampler(lambda prompt, i: "")
     evaluate.evaluate(None, None, Config(n=3, shots=2))
     examples = few_shot_examples(2, "tiny", "laptop", 0)
-    for puzzle, prompt in zip(sample_puzzles(3, held_out=True, seed=0), calls[0][0]):
-        assert prompt == "".join(make_prompt(example) + text + "\n\n" for example, text in examples) + make_prompt(puzzle)
+    shots = "".join(make_prompt(example) + text + "\n\n" for example, text in examples)
+    assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, held_out=True, seed=0)]
 
 
-@pytest.mark.parametrize("style, level", (("tiny", "laptop"), ("tiny", "laptop4"), ("base", "tinyzero"), ("chat", "laptop")))
+@pytest.mark.parametrize("style, level", (
+    ("tiny", "laptop"), ("tiny", "laptop4"), ("base", "tinyzero"), ("chat", "laptop")))
 def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
     for puzzle, text in few_shot_examples(12, style, level, seed=3):
         assert not is_held_out(puzzle)
@@ -186,7 +194,8 @@ def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
 
 @pytest.mark.parametrize("settings", ({}, {"temperature": 0.0}, {"top_p": 0.9, "temperature": 0.6}, {"samples": 4}))
 def test_a_seed_gives_the_same_table_every_time(random_model, settings):
-    """A true model, twice: puzzles and random streams follow the seed, whatever torch's own generator does in between."""
+    """A true model, twice: puzzles and random streams follow the seed, whatever torch's own generator does in
+    between."""
     tables = []
     for _ in range(2):
         torch.rand(3)
@@ -198,15 +207,17 @@ def test_a_seed_gives_the_same_table_every_time(random_model, settings):
 
 
 def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, monkeypatch, capsys):
-    """pass@1 with its interval and n on the screen, the same numbers and the settings in --json, --show completions with verdicts."""
+    """pass@1 with its interval and n on the screen, the same numbers and the settings in --json, --show completions
+    with verdicts."""
     save(*random_model, tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path / "model"), "--n", "5", "--samples", "2", "--max-new-tokens", "8", "--show", "3",
-                                      "--json", str(tmp_path / "table.json")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path / "model"), "--n", "5", "--samples", "2",
+                                      "--max-new-tokens", "8", "--show", "3", "--json", str(tmp_path / "table.json")])
     evaluate.main()
     out = capsys.readouterr().out
     assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 puzzles x 2)" in out
-    assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks", "reflection_words", "language",
-                                        "needless_thinking"))
-    assert out.count("=> ") == 3 and all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, held_out=True, seed=0))
+    assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks",
+                                        "reflection_words", "language", "needless_thinking"))
+    assert out.count("=> ") == 3
+    assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, held_out=True, seed=0))
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["pass@1"] == 0 and table["n"] == 5 and table["seed"] == 0 and table["model"] == str(tmp_path / "model")

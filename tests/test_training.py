@@ -114,7 +114,7 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed", "equal_groups", "entropy",
             "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
-    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.002, 0.004, 0.006, 0.008])  # warm-up over 5 steps
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.002, 0.004, 0.0055, 0.00325])  # up over 5 steps, down from 1 to 0.1
     assert [sample["step"] for sample in run_folder.read_jsonl(run / "samples.jsonl")] == [1, 2, 4]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load(run / "checkpoint")
