@@ -72,13 +72,14 @@ def test_logprobs_are_of_the_next_token_at_the_sampling_temperature(temperature)
 
 def test_the_entropy_of_a_uniform_policy_is_the_logarithm_of_the_vocabulary():
     """Nats per token, over the full vocabulary: ln V. A policy that is sure has 0."""
-    _, entropy = token_logprobs(fixed([[0.0] * 50, [0.0] + [-200.0] * 49]), torch.tensor([[1, 2, 3]]), with_entropy=True)
+    model = fixed([[0.0] * 50, [0.0] + [-200.0] * 49])
+    _, entropy = token_logprobs(model, torch.tensor([[1, 2, 3]]), with_entropy=True)
     assert entropy[0].tolist() == pytest.approx([math.log(50), 0.0], abs=1e-5)
 
 
 def test_logprobs_carry_the_gradient_and_the_entropy_does_not():
     logits = torch.zeros(1, 2, 4, requires_grad=True)
-    logprobs, entropy = token_logprobs(lambda ids: logits, torch.tensor([[0, 1, 2]]), temperature=0.5, with_entropy=True)
+    logprobs, entropy = token_logprobs(lambda ids: logits, torch.tensor([[0, 1, 2]]), 0.5, with_entropy=True)
     assert not entropy.requires_grad
     logprobs.sum().backward()
     assert logits.grad[0, 0].tolist() == pytest.approx([-0.5, 1.5, -0.5, -0.5])  # (one-hot - softmax) / T

@@ -25,7 +25,7 @@ CONFIGS = {
     "qwen3": (Qwen3Config, dict(rope_parameters=ROPE, head_dim=16)),  # not hidden_size / heads, as in Qwen3-0.6B
     "llama": (LlamaConfig, dict(rope_parameters=ROPE)),
     "llama3": (LlamaConfig, dict(rope_parameters=LLAMA3)),
-    "no_groups": (Qwen3Config, dict(rope_parameters=ROPE, head_dim=8, num_key_value_heads=4)),  # a key head per query head
+    "no_groups": (Qwen3Config, dict(rope_parameters=ROPE, head_dim=8, num_key_value_heads=4)),  # a key head per query
 }
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))  # (B, T)
 
@@ -93,6 +93,16 @@ def test_positions_are_relative_and_the_mask_hides_foreign_columns():
     torch.testing.assert_close(late, model(IDS[:, 5:11]), atol=1e-5, rtol=0)
     moved = model(IDS[:, 5:11], positions=torch.arange(40, 46)[None])
     torch.testing.assert_close(moved, model(IDS[:, 5:11]), atol=1e-5, rtol=0)
+
+
+def test_a_cache_that_holds_tokens_wants_a_mask():
+    """Which of its columns a row may see is the caller's knowledge; guessing would be silently wrong."""
+    model = Model(Qwen3Config(**SMALL, head_dim=8, rope_parameters=ROPE))
+    cache = KVCache(model.config, rows=3, columns=12)
+    with torch.no_grad():
+        model(IDS[:, :1], cache=cache)  # an empty one does not, not even for a single token
+        with pytest.raises(ValueError, match="already holds tokens and no mask"):
+            model(IDS[:, 1:2], positions=torch.ones(3, 1, dtype=torch.long), cache=cache)
 
 
 def test_what_follows_a_token_does_not_change_its_logits():

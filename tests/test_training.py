@@ -1,8 +1,8 @@
-"""The training scripts from end to end, on a random model of one layer: what they write, what they continue, what they may not change.
+"""The training scripts from end to end, on a random model of one layer: what they write, what they continue, what they
+may not change.
 
-A model that knows nothing solves no puzzle, and groups without a difference carry no gradient. So the reward here is an easy one, the
-share of digits in the text, and every test that speaks of training trains.
-"""
+A model that knows nothing solves no puzzle, and groups without a difference carry no gradient. So the reward here is an
+easy one, the share of digits in the text, and every test that speaks of training trains. """
 
 import json
 import math
@@ -22,7 +22,8 @@ from countdown import Puzzle, is_held_out
 from model import load, save
 
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch):
-    """Scripts take Ctrl-C for themselves; tests take it back. Most tests need no picture, and drawing one takes a second."""
+    """Scripts take Ctrl-C for themselves; tests take it back. Most tests need no picture, and drawing one takes a
+    second."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setitem(sft.TINY_MODELS, "test", TINY)
     monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
@@ -55,9 +57,10 @@ def digit_reward(text, numbers, target, **settings):
 
 
 def call(monkeypatch, script, **flags):
-    """script.main() with --flag=value for each, --flag alone for True; returns the exit code, None at the regular end."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *(f"--{name.replace('_', '-')}" + (f"={value}" if value is not True else "")
-                                                         for name, value in flags.items())])
+    """script.main() with --flag=value for each, --flag alone for True; returns the exit code, None at the regular
+    end."""
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
     try:
         script.main()
     except SystemExit as stop:
@@ -65,14 +68,15 @@ def call(monkeypatch, script, **flags):
 
 
 def train(monkeypatch, base, out, code=None, **flags):
-    settings = dict(model=base, out=out, steps=4, batch_size=16, group_size=4, max_new_tokens=24, learning_rate=1e-2, eval_n=8, eval_every=2,
-                    save_every=2, sample_every=2)
+    settings = dict(model=base, out=out, steps=4, batch_size=16, group_size=4, max_new_tokens=24, learning_rate=1e-2,
+                    eval_n=8, eval_every=2, save_every=2, sample_every=2)
     assert call(monkeypatch, train_countdown, **{**settings, **flags}) == code
     return rows_of(out)
 
 
 def rows_of(run):
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in run_folder.read_jsonl(run / "metrics.jsonl")]
+    rows = run_folder.read_jsonl(run / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
 def weights(run):
@@ -100,37 +104,46 @@ def interrupt(monkeypatch, script, run, rows: int, how: str):
     monkeypatch.setattr(script, "StopRequest", Stop)
 
 
-# ---------------------------------------------------------------------------------------------------------------- RL: the run
+# ---------------------------------------------------------------------------------------------------------- RL: the run
 
 
 def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, capsys):
-    """config.json, metrics.jsonl with a row per step, samples.jsonl, curve.png, a checkpoint for AutoModelForCausalLM; a last line
-    with pass@1 before and after."""
+    """config.json, metrics.jsonl with a row per step, samples.jsonl, curve.png, a checkpoint for AutoModelForCausalLM;
+    a last line with pass@1 before and after."""
     monkeypatch.undo()
     run = tmp_path / "run"
     rows = train(monkeypatch, base, run)
     assert json.loads((run / "config.json").read_text())["batch_size"] == 16
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
-    assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed", "equal_groups", "entropy",
-            "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
-    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.002, 0.004, 0.0055, 0.00325])  # up over 5 steps, down from 1 to 0.1
+    assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
+            "equal_groups", "entropy", "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate",
+            "tokens"} <= rows[1].keys()
     assert [sample["step"] for sample in run_folder.read_jsonl(run / "samples.jsonl")] == [1, 2, 4]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load(run / "checkpoint")
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(run / "checkpoint")(ids).logits, model(ids), atol=1e-4, rtol=0)
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "config.json", "curve.png", "metrics.jsonl", "samples.jsonl"]
+        theirs = AutoModelForCausalLM.from_pretrained(run / "checkpoint")(ids).logits
+        torch.testing.assert_close(theirs, model(ids), atol=1e-4, rtol=0)
+    assert {path.name for path in run.iterdir()} == {"checkpoint", "config.json", "curve.png", "metrics.jsonl",
+                                                     "samples.jsonl"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("held-out pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
+
+
+def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):
+    """Step s of 4, from 0: 0.01 * min((s + 1) / 3, 1 - 0.9 s / 4). So 1/3, 2/3 of the peak, then 0.55 and 0.325."""
+    rows = train(monkeypatch, base, tmp_path / "run", warmup_steps=3)
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.0055, 0.00325])
 
 
 def test_training_raises_its_reward(monkeypatch, base, tmp_path):
     """15 steps on the share of digits: from about 0.2 to nearly all, and never through puzzles that evaluation uses."""
     seen = []
-    monkeypatch.setattr(train_countdown, "reward", lambda text, *puzzle, **settings: seen.append(puzzle) or digit_reward(text, *puzzle))
-    rows = train(monkeypatch, base, tmp_path / "run", steps=15, batch_size=32, group_size=8, warmup_steps=1, eval_every=100, learning_rate=2e-2)
+    monkeypatch.setattr(train_countdown, "reward", lambda *args, **kwargs: seen.append(args[1:]) or digit_reward(*args))
+    rows = train(monkeypatch, base, tmp_path / "run", steps=15, batch_size=32, group_size=8, warmup_steps=1,
+                 eval_every=100, learning_rate=4e-2)
     rewards = [row["reward"] for row in rows[1:]]
     assert rewards[0] < 0.4 and min(rewards[-3:]) > 0.8
     assert len(seen) == 15 * 32 and not any(is_held_out(Puzzle(*puzzle)) for puzzle in seen)
@@ -139,28 +152,33 @@ def test_training_raises_its_reward(monkeypatch, base, tmp_path):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.6))
 def test_sampler_and_trainer_agree_on_the_logprobs(monkeypatch, base, tmp_path, temperature):
-    """Both are at the sampling temperature, of the policy that sampled. One epoch is on-policy: ratio 1, nothing is clipped."""
+    """Both are at the sampling temperature, of the policy that sampled. One epoch is on-policy: ratio 1, nothing is
+    clipped."""
     for row in train(monkeypatch, base, tmp_path / "run", temperature=temperature)[1:]:
         assert row["equal_groups"] == 0 and 0 <= row["logprob_gap"] <= row["logprob_gap_max"] < 1e-3
         assert row["ratio"] == pytest.approx(1, abs=1e-4) and row["clip_frac"] == 0
 
 
 def test_inner_epochs_use_the_stored_logprobs(monkeypatch, base, tmp_path):
-    """In the second epoch the policy has moved: the ratio to the recorded log-probs is no longer 1. The gap is the first epoch's."""
+    """In the second epoch the policy has moved: the ratio to the recorded log-probs is no longer 1. The gap is the
+    first epoch's."""
     rows = train(monkeypatch, base, tmp_path / "run", inner_epochs=2, warmup_steps=1)[1:]
     assert all(abs(row["k1_kl_old"]) > 1e-4 and row["logprob_gap_max"] < 1e-3 for row in rows)
     assert max(row["clip_frac"] for row in rows) > 0
 
 
 def test_the_reference_is_replaced_every_n_steps(monkeypatch, base, tmp_path):
-    """k3 to the reference is 0 in each step that follows a replacement, and grows where the first policy stays the reference."""
-    kl = {every: [row["k3_kl_ref"] for row in train(monkeypatch, base, tmp_path / f"run{every}", kl_coef=0.01, ref_every=every)[1:]]
-          for every in (0, 2)}
+    """k3 to the reference is 0 in each step that follows a replacement, and grows where the first policy stays the
+    reference."""
+    kl = {}
+    for every in (0, 2):
+        rows = train(monkeypatch, base, tmp_path / f"run{every}", kl_coef=0.01, ref_every=every)
+        kl[every] = [row["k3_kl_ref"] for row in rows[1:]]
     assert kl[0][0] < 1e-6 < kl[0][1] < kl[0][2] < kl[0][3]
     assert kl[2][0] < 1e-6 < kl[2][1] and kl[2][2] < 1e-6 < kl[2][3]
 
 
-# ---------------------------------------------------------------------------------------------------------------- RL: the update
+# ------------------------------------------------------------------------------------------------------- RL: the update
 
 
 def gradients(monkeypatch):
@@ -179,10 +197,11 @@ def gradients(monkeypatch):
 def test_micro_batches_change_neither_gradient_nor_loss(monkeypatch, base, tmp_path, average):
     """Adam hides a gradient of the wrong size, so the gradient itself is compared, and then the weights."""
     collected, calls, loss = gradients(monkeypatch), [], train_countdown.grpo_loss
-    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, **settings: calls.append(args) or loss(*args, **settings))
+    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, **kwargs: calls.append(1) or loss(*args, **kwargs))
     rows = {}
     for budget in (64, 100_000):
-        rows[budget] = train(monkeypatch, base, tmp_path / f"{budget}", steps=1, micro_batch_tokens=budget, average=average, learning_rate=1e-4)[1]
+        rows[budget] = train(monkeypatch, base, tmp_path / f"{budget}", steps=1, micro_batch_tokens=budget,
+                             average=average, learning_rate=1e-4)[1]
     assert len(calls) > 8  # many, then one
     for small, large in zip(*collected, strict=True):
         torch.testing.assert_close(small, large, atol=1e-7, rtol=1e-4)
@@ -191,30 +210,47 @@ def test_micro_batches_change_neither_gradient_nor_loss(monkeypatch, base, tmp_p
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
 
 
+@pytest.mark.parametrize("average", ("token", "sequence", "constant"))
+def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average):
+    """All completion tokens of the step, or all 16 completions, though groups whose rewards are equal are not computed:
+    a step in which few groups differ is a small step, not a loud one."""
+    divisors, loss = [], train_countdown.grpo_loss
+    monkeypatch.setattr(train_countdown, "reward", lambda text, numbers, target, **settings: digit_reward(
+        text if target > 15 else "", numbers, target))
+    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, num_tokens, **settings: divisors.append(num_tokens)
+                        or loss(*args, num_tokens=num_tokens, **settings))
+    row = train(monkeypatch, base, tmp_path / "run", steps=1, average=average, micro_batch_tokens=64)[1]
+    assert 0 < row["equal_groups"] < 1
+    assert set(divisors) == {row["tokens"] if average == "token" else 16}
+
+
 def test_groups_that_all_got_the_same_train_nothing(monkeypatch, base, tmp_path):
-    monkeypatch.setattr(train_countdown, "reward", lambda *args, **settings: {"accuracy": 1.0, "format": 1.0, "language": 1.0, "reward": 1.1})
+    everything = {"accuracy": 1.0, "format": 1.0, "language": 1.0, "reward": 1.1}
+    monkeypatch.setattr(train_countdown, "reward", lambda *args, **settings: everything)
     rows = train(monkeypatch, base, tmp_path / "run", weight_decay=0.1)
     assert all(row["equal_groups"] == 1 and row["gradient_norm"] == 0 for row in rows[1:])
     assert_equal_weights(weights(tmp_path / "run"), load_file(base / "model.safetensors"))
 
 
 def test_truncated_completions_are_counted_and_can_be_left_out(monkeypatch, base, tmp_path):
-    """DAPO's overlong filtering: two tokens are too few for an EOS, so with drop_truncated nothing is left to train on."""
+    """DAPO's overlong filtering: two tokens are too few for an EOS, so with drop_truncated nothing is left to train
+    on."""
     kept = train(monkeypatch, base, tmp_path / "kept", steps=1, max_new_tokens=2)[1]
     dropped = train(monkeypatch, base, tmp_path / "dropped", steps=1, max_new_tokens=2, drop_truncated=True)[1]
     assert kept["truncated"] == dropped["truncated"] == 1
     assert kept["gradient_norm"] > 0 == dropped["gradient_norm"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- RL: resume
+# ----------------------------------------------------------------------------------------------------------- RL: resume
 
 
 @pytest.mark.parametrize("how", ("stopped", "killed"))
-@pytest.mark.parametrize("flags", ({}, {"inner_epochs": 2, "kl_coef": 0.01, "ref_every": 1}, {"kl_coef": 0.01, "ref_every": 0}),
-                         ids=("plain", "inner epochs, new reference", "first reference"))
+@pytest.mark.parametrize("flags", (
+    {}, {"inner_epochs": 2, "kl_coef": 0.01, "ref_every": 1}, {"kl_coef": 0.01, "ref_every": 0},
+), ids=("plain", "inner epochs, new reference", "first reference"))
 def test_a_resumed_run_equals_the_uninterrupted_one(monkeypatch, base, tmp_path, capsys, flags, how):
-    """Stopped after step 1 (a checkpoint there), or killed after step 3 (the last one is of step 2, and row 3 is written again):
-    same metrics, same samples, same weights to the last bit."""
+    """Stopped after step 1 (a checkpoint there), or killed after step 3 (the last one is of step 2, and row 3 is
+    written again): same metrics, same samples, same weights to the last bit."""
     whole, run = tmp_path / "whole", tmp_path / "parts"
     expected = train(monkeypatch, base, whole, **flags)
     with monkeypatch.context() as patch:
@@ -234,7 +270,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(monkeypatch, base, tmp_path,
 
 
 def test_a_run_killed_while_its_checkpoint_was_replaced_still_resumes(monkeypatch, base, tmp_path):
-    """Between two renames the checkpoint is called checkpoint.old. The finished run below resumes, and finds nothing left to do."""
+    """Between two renames the checkpoint is called checkpoint.old. The finished run below resumes, and finds nothing
+    left to do."""
     run = tmp_path / "run"
     expected = train(monkeypatch, base, run, steps=2)
     before = weights(run)
@@ -244,7 +281,7 @@ def test_a_run_killed_while_its_checkpoint_was_replaced_still_resumes(monkeypatc
     assert_equal_weights(load_file(run_folder.find_checkpoint(run) / "model.safetensors"), before)
 
 
-# ---------------------------------------------------------------------------------------------------------------- supervised training
+# -------------------------------------------------------------------------------------------------- supervised training
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +292,8 @@ def data(tmp_path_factory):
 
 
 def supervised(monkeypatch, data, out, code=None, **flags):
-    settings = dict(data=data, from_scratch="test", out=out, batch_tokens=1200, eval_rows=20, eval_every=4, save_every=3, learning_rate=1e-2, epochs=2)
+    settings = dict(data=data, from_scratch="test", out=out, epochs=2, batch_tokens=1200, eval_rows=20, eval_every=4,
+                    save_every=3, learning_rate=1e-2)
     assert call(monkeypatch, sft, **{**settings, **flags}) == code
     return rows_of(out)
 
@@ -270,7 +308,8 @@ def test_the_supervised_loss_falls(monkeypatch, data, tmp_path, optimizer):
 
 
 def test_only_completions_are_trained_and_eos_is(base):
-    """The loss is -sum log p over the completion's tokens and EOS, each given all that stands before it; the prompt adds nothing."""
+    """The loss is -sum log p over the completion's tokens and EOS, each given all that stands before it; the prompt
+    adds nothing."""
     model, tokenizer = load(base)
     rows = [{"prompt": "using 3 4 5 make 27\n", "completion": "5-4=1"}, {"prompt": "hi\n", "completion": "hello"}]
     examples = sft.tokenize(rows, tokenizer, "rows")
@@ -306,7 +345,8 @@ def test_held_out_rows_are_never_trained_on(monkeypatch, data, tmp_path):
 
 
 def test_epochs_are_shuffled_by_their_seed_and_cut_by_tokens():
-    """A step ends with the row that fills it; the last one may be short. Same seed, same order; another epoch, another order."""
+    """A step ends with the row that fills it; the last one may be short. Same seed, same order; another epoch, another
+    order."""
     examples = [([0] * 3, [0] * (i % 5 + 1)) for i in range(50)]
     batches = sft.epoch_batches(examples, 30, seed=1)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
@@ -316,7 +356,7 @@ def test_epochs_are_shuffled_by_their_seed_and_cut_by_tokens():
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
-    """Warm-up over 10 of 110 steps: 0.1 ... 1. Then final + (1 - final) * (1 + cos(pi x)) / 2: 1 at x = 0, 0.55 halfway, 0.1 at the end."""
+    """Warm-up over 10 of 110 steps: 0.1 ... 1. Then final + (1 - final) (1 + cos(pi x)) / 2: 1, 0.55 halfway, 0.1."""
     config = sft.Config(warmup=10 / 110, final_lr=0.1)
     shares = [sft.schedule(step, 110, config) for step in range(111)]
     assert shares[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
@@ -328,14 +368,16 @@ def test_muon_gets_the_matrices_and_adamw_the_rest(base):
     model, _ = load(base)
     muon, adamw = sft.build_optimizers(model, sft.Config(optimizer="muon"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [sorted(names[id(p)] for group in optimizer.param_groups for p in group["params"]) for optimizer in (muon, adamw)]
-    assert sorted(groups[0] + groups[1]) == sorted(names.values())
-    assert len(groups[0]) == 7 and all("proj" in name for name in groups[0])
+    matrices, rest = ([names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+                      for optimizer in (muon, adamw))
+    assert sorted(matrices + rest) == sorted(names.values())
+    assert len(matrices) == 7 and all("proj" in name for name in matrices)
 
 
 def test_the_same_seed_gives_the_same_weights(monkeypatch, data, tmp_path):
-    runs = {name: supervised(monkeypatch, data, tmp_path / name, seed=seed, epochs=1) for name, seed in (("a", 3), ("b", 3), ("c", 4))}
-    assert runs["a"] == runs["b"] != runs["c"]
+    first, again, other = (supervised(monkeypatch, data, tmp_path / name, seed=seed, epochs=1)
+                           for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert first == again != other
     assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
@@ -359,7 +401,8 @@ def test_a_resumed_supervised_run_equals_the_uninterrupted_one(monkeypatch, data
 
 
 def test_a_finished_supervised_run_resumes_to_nothing(monkeypatch, data, tmp_path):
-    """As a finished reinforcement learning run does: no step is left, the model stays as it is, and the exit is a regular one."""
+    """As a finished reinforcement learning run does: no step is left, the model stays as it is, and the exit is a
+    regular one."""
     expected = supervised(monkeypatch, data, tmp_path / "run", epochs=1)
     before = weights(tmp_path / "run")
     assert call(monkeypatch, sft, resume=tmp_path / "run") is None
