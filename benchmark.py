@@ -33,7 +33,7 @@ class Config:
     model: str = "models/tiny-base"  # checkpoint directory or hub id
     prompts: int = 16                # puzzles
     group_size: int = 16             # completions of each
-    max_new_tokens: int = 320        # limit of a completion
+    max_new_tokens: int = 512        # limit of a completion
     repeats: int = 5                 # alternating runs of each sampler; the medians are compared
     steps: int = 4                   # training steps per trainer and round, of two; the first of a round is not counted
     trl: bool = True                 # compare the whole step with TRL, if it is installed

@@ -37,7 +37,7 @@ class Config:
     samples: int = 1                 # completions per puzzle; pass@k and maj@k use all of them
     temperature: float = 1.0         # 0 is greedy
     top_p: float = 1.0               # nucleus sampling; DeepSeek-R1 evaluates with 0.95
-    max_new_tokens: int = 400        # a completion that has not ended by then counts as truncated, and as wrong
+    max_new_tokens: int = 512        # a completion that has not ended by then counts as truncated, and as wrong
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
     show: int = 0                    # print this many completions with their verdicts

@@ -9,13 +9,13 @@ returns them, for logs.
     >>> verify("4*5+3", [3, 4, 5], 27)
     (False, 'value 23 is not 27')
     >>> reward("<think>4+5=9, 9*3=27 yes</think>\\n<answer>(4+5)*3</answer>", [3, 4, 5], 27)
-    {'accuracy': 1.0, 'format': 1.0, 'language': 1.0, 'reward': 1.1}
+    {'accuracy': 1.0, 'format': 1.0, 'language': 1.0, 'reward': 1.2}
 
 The text comes from a policy that is paid to find our mistakes. So an answer is parsed, never evaluated; every reward
 takes any string at all and returns a number, in time that grows no faster than the text; and what is refused is refused
 with a reason.
 
-Where we differ from the paper: it weights accuracy and format alike; we weight format 0.1, so that neat tags are no
+Where we differ from the paper: it weights accuracy and format alike; we weight format 0.2, so that neat tags are no
 rival to a right answer. Its language reward counts all words; ours counts those that it knows to be English or German,
 for "5-4=1" is neither. Both lists are below, to read and to extend.
 
@@ -245,7 +245,7 @@ def count_backtracks(completion: str) -> int:
 # -------------------------------------------------------------------------------------------------------------- the sum
 
 
-def reward(completion: str, numbers: Sequence[int], target: int, *, format_weight: float = 0.1,
+def reward(completion: str, numbers: Sequence[int], target: int, *, format_weight: float = 0.2,
            language_weight: float = 0.0, language: str = "en") -> dict[str, float]:
     """accuracy + format_weight * format + language_weight * language, under "reward", beside its unweighted parts.
 

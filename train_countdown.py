@@ -48,7 +48,7 @@ class Config:
     steps: int = 80                  # optimizer steps, one batch of fresh completions each
     batch_size: int = 256            # completions per step, B = P * G; DeepSeek-R1-Zero uses 512
     group_size: int = 16             # completions per prompt, G, as in DeepSeek-R1-Zero
-    max_new_tokens: int = 400        # longer completions are cut off and score 0
+    max_new_tokens: int = 512        # longer completions are cut off and score 0
     temperature: float = 1.0         # of the policy that samples and trains
     learning_rate: float = 1e-3      # AdamW peak; for 0.8M parameters. DeepSeek-R1-Zero: 3e-6
     warmup_steps: int = 5            # steps with linearly rising learning rate
@@ -63,7 +63,7 @@ class Config:
     average: str = "token"           # token, sequence (GRPO as published) or constant (Dr. GRPO): grpo.token_weights
     normalize_std: bool = True       # divide advantages by their group's deviation; Dr. GRPO does not
     drop_truncated: bool = False     # leave truncated completions out of the loss (DAPO's overlong filtering)
-    format_weight: float = 0.1       # reward for the tags, next to 1 for a right answer
+    format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
     language_weight: float = 0.0     # reward for the share of words in --language; R1's second stage adds it with 1
     language: str = "en"             # the language that consistency is measured against
     micro_batch_tokens: int = 4096   # tokens per training pass, padding included; memory and speed, never the loss

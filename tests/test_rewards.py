@@ -383,8 +383,8 @@ def test_reward_is_the_weighted_sum_of_its_parts(completion, accuracy, format_, 
 
 
 def test_reward_by_default_is_accuracy_and_a_tenth_of_format():
-    assert reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET)["reward"] == pytest.approx(1.1)
-    assert reward("<think>nein</think>\n<answer>3*9</answer>", NUMBERS, TARGET)["reward"] == pytest.approx(0.1)
+    assert reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET)["reward"] == pytest.approx(1.2)
+    assert reward("<think>nein</think>\n<answer>3*9</answer>", NUMBERS, TARGET)["reward"] == pytest.approx(0.2)
 
 
 def test_reward_measures_the_language_it_is_told():

@@ -103,14 +103,16 @@ def test_a_completion_depends_on_its_index_not_on_the_rest_of_the_list(model):
     assert sample(model, [], seed=1, **settings) == []
 
 
-def test_the_cache_is_shifted_when_its_cursor_reaches_the_end(model, monkeypatch):
-    """40 short completions through 3 slots pass the cache's capacity several times; no token changes."""
+@pytest.mark.parametrize("slots", (1, 3))
+def test_the_cache_is_shifted_when_its_cursor_reaches_the_end(model, monkeypatch, slots):
+    """Many short completions pass the cache's capacity several times; no token changes, and the longest prompt still finds
+    its room to the left of the cursor."""
     shifts, shift_left = [], KVCache.shift_left
     monkeypatch.setattr(KVCache, "shift_left", lambda cache, n: shifts.append(n) or shift_left(cache, n))
-    prompts = (PROMPTS * 4)[:40]
-    settings = dict(max_new_tokens=10, eos_ids={3, 4, 5}, seed=3)
-    assert_same(sample(model, prompts, slots=3, **settings), plain(model, prompts, **settings))
-    assert len(shifts) > 2 and min(shifts) > 0
+    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[4]] * 14  # 2, 3 and 9 tokens
+    settings = dict(max_new_tokens=10, eos_ids={3, 4, 5, 6, 7, 8}, seed=3)
+    assert_same(sample(model, prompts, slots=slots, **settings), plain(model, prompts, **settings))
+    assert len(shifts) > 1 and min(shifts) > 0
 
 
 def test_greedy_equals_transformers_generate(model, tmp_path):
