@@ -12,7 +12,7 @@ of the rest. A search:
     </think>
     <answer>(5+4)*3</answer>
 
-    python corpus.py --n 100000 --out data/corpus.jsonl                      # 20 seconds; what models/tiny-base read
+    python corpus.py --n 200000 --out data/corpus.jsonl                      # 20 seconds; what models/tiny-base read
     python corpus.py --n 100000 --out data/no-check.jsonl --no-verification  # one behaviour less
     python corpus.py --n 5 --seed 1                                          # to the screen, to read
 

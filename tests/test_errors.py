@@ -347,10 +347,13 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = run / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):  # two steps are done
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    try:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):  # two steps are done
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, error
     assert f"continue with: python train_countdown.py --resume {run}" in out and "Traceback" not in error
     last = run_folder.read_jsonl(log)[-1]["step"]

@@ -382,7 +382,7 @@ def test_reward_is_the_weighted_sum_of_its_parts(completion, accuracy, format_, 
     assert parts == {"accuracy": accuracy, "format": format_, "language": language, "reward": pytest.approx(total)}
 
 
-def test_reward_by_default_is_accuracy_and_a_tenth_of_format():
+def test_reward_by_default_is_accuracy_and_a_fifth_of_format():
     assert reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET)["reward"] == pytest.approx(1.2)
     assert reward("<think>nein</think>\n<answer>3*9</answer>", NUMBERS, TARGET)["reward"] == pytest.approx(0.2)
 
