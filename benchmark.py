@@ -1,10 +1,10 @@
 """How fast: our sampler against transformers.generate, our whole training step against TRL's GRPOTrainer, side by side.
 
-The workload is the quickstart's own: 256 completions of 16 train puzzles (16 each), at most 320 new tokens, temperature
+The workload is the quickstart's own: 256 completions of 16 train puzzles (16 each), at most 512 new tokens, temperature
 1, fp32, the same weights and the same machine in the same run. Runs alternate, so a machine that slows down slows both;
 the ratio is what to read. Only completion tokens count, EOS included and padding not.
 
-    python benchmark.py           # sampler, and the step if TRL is installed: pip install trl; 4 minutes on 2 cores
+    python benchmark.py           # sampler, and the step if TRL is installed: pip install trl; 7 minutes on 2 cores
     python benchmark.py --no-trl  # the sampler alone, 1 minute
 """
 
@@ -24,7 +24,7 @@ import torch
 from countdown import make_prompt, sample_puzzle
 from model import load
 from rewards import reward
-from run_folder import bad_input_exits, parse_config
+from run_folder import bad_input_exits, fail, parse_config
 from sampling import complete
 
 
@@ -66,8 +66,10 @@ def time_our_steps(config: Config, directory: Path) -> list[float]:
     flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8,
              "--group-size": config.group_size, "--batch-size": config.prompts * config.group_size,
              "--max-new-tokens": config.max_new_tokens}
-    subprocess.run([sys.executable, "train_countdown.py", *(str(word) for pair in flags.items() for word in pair)],
-                   check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "train_countdown.py", *(str(w) for pair in flags.items() for w in pair)],
+                          capture_output=True, text=True, cwd=Path(__file__).parent)
+    if done.returncode:
+        fail(f"train_countdown.py ended with exit code {done.returncode}: {done.stderr[-500:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["tokens_per_second"] for row in rows if row["step"] > 1]
 
