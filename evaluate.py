@@ -66,7 +66,7 @@ class Config:
 def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a share p of n puzzles (Wilson 1927); with several samples a puzzle on the wide, safe side."""
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -178,6 +178,9 @@ def main() -> None:
     with bad_input_exits():
         if config.json and Path(config.json).exists():
             raise FileExistsError(f"got --json {config.json}, which exists and is never overwritten; name another file")
+        if config.json and not Path(config.json).parent.is_dir():
+            raise FileNotFoundError(f"got --json {config.json}, but there is no folder {Path(config.json).parent}; "
+                                    "make it first")
         model, tokenizer = load(config.model, device=config.device)
         table, records = evaluate(model.eval(), tokenizer, config)
     for record in records[:config.show * config.samples:config.samples]:

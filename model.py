@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary, D width, L layers, H query heads, K
 columns of the cache, W of them in use.
 """
 
+import copy
 import json
 import math
 import os
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, W, E)
-        if T == 1 and cache is not None:
+        if T == 1 and mask is not None:
             # one new token: the H/K heads that share keys become queries on the same keys, which are read only once
             q = q.view(B, self.config.num_kv_heads, -1, self.config.head_dim)  # (B, K, H/K, E)
             scores = q @ k.transpose(-1, -2) * self.config.head_dim ** -0.5 + mask  # (B, K, H/K, W)
@@ -283,6 +284,10 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
         if not (directory / name).exists():
             raise FileNotFoundError(f"got model directory {directory} without {name}; expected config.json, "
                                     "tokenizer.json and model.safetensors, as save_pretrained writes them")
+        try:
+            json.loads((directory / name).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"got a corrupt or truncated {directory / name} ({error}); copy it again") from None
     index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -362,7 +367,9 @@ def save(model: Model, tokenizer, directory) -> None:
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.hf_config.save_pretrained(staging)
+    hf_config = copy.deepcopy(model.hf_config)
+    hf_config.dtype = model.lm_head.weight.dtype  # else a checkpoint read as bf16 and trained in fp32 is rounded again
+    hf_config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied_embeddings:
@@ -374,8 +381,8 @@ def save(model: Model, tokenizer, directory) -> None:
 def replace_directory(staging: Path, directory: Path) -> None:
     """Puts staging in directory's place; at every moment the old or the new one is there whole, as NAME or NAME.old."""
     old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(directory, old)
     os.rename(staging, directory)
     shutil.rmtree(old, ignore_errors=True)

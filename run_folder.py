@@ -145,6 +145,8 @@ def load_checkpoint(run, *, device="cpu"):
                                 f"exactly; start a new run from it with --model {directory}")
     model, tokenizer = load(directory, device=device)
     try:
+        if not zipfile.is_zipfile(path):  # torch.load would take it for another format and raise whatever that raises
+            raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"got a corrupt or truncated {path} ({type(error).__name__}); start a new run from its "

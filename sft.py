@@ -167,7 +167,7 @@ def main() -> None:
         if longest > model.config.context:
             raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
                              f"{model.config.context}; leave it out")
-        if not config.resume:
+        if state is None:
             run = create_run(config.out, config)
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, "
           f"{len(held_out)} held out")
@@ -201,9 +201,10 @@ def main() -> None:
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
-            checkpoint(step)
-            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the weights before it are "
-                 f"saved in {run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
+            if math.isfinite(total):  # else the weights themselves are broken, and the last checkpoint is the good one
+                checkpoint(step)
+            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights are "
+                 f"in {run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
         share = schedule(step, len(batches), config)
         for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
             group["lr"] = peak * share

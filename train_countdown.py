@@ -18,6 +18,7 @@ together; the last line says pass@1 before -> after.
 Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens.
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def main() -> None:
                              f"together more than the model's context of {model.config.context}; "
                              "lower --max-new-tokens")
         ref_model = load(config.model, device=config.device)[0] if config.kl_coef else None
-        if not config.resume:
+        if state is None:
             run = create_run(config.out, config)
     print(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
@@ -195,6 +196,9 @@ def main() -> None:
                                                   temperature=config.temperature, seed=rng.getrandbits(32))
         num_tokens = sum(len(completion.token_ids) for completion in completions)
         sampled = time.time()
+        if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
+            fail(f"got log-probs that are not finite at step {step + 1}, so the weights are broken; the checkpoint before "
+                 f"that is kept in {run / 'checkpoint'}. Lower --learning-rate")
 
         # 3. rewards: each completion's accuracy and format, and with --language-weight its language
         parts = [reward(text, *puzzle, format_weight=config.format_weight, language_weight=config.language_weight,

@@ -263,7 +263,7 @@ def test_a_corrupt_run_is_not_continued_and_not_touched(spoil, says, finished, r
 def test_a_resumed_run_keeps_its_settings(finished, refused):
     """Its own config.json holds. A flag beside --resume would be ignored without a word, so it is refused."""
     before = content(finished)
-    refused(train_countdown, "--resume", finished, "--learning-rate", "1", says=("--learning-rate", "give --resume alone"))
+    refused(train_countdown, "--resume", finished, "--steps", "9", says=("--steps", "give --resume alone"))
     assert content(finished) == before
 
 

@@ -105,8 +105,8 @@ def test_a_completion_depends_on_its_index_not_on_the_rest_of_the_list(model):
 
 @pytest.mark.parametrize("slots", (1, 3))
 def test_the_cache_is_shifted_when_its_cursor_reaches_the_end(model, monkeypatch, slots):
-    """Many short completions pass the cache's capacity several times; no token changes, and the longest prompt still finds
-    its room to the left of the cursor."""
+    """Many short completions pass the cache's capacity several times; no token changes, and the longest prompt still
+    finds its room to the left of the cursor."""
     shifts, shift_left = [], KVCache.shift_left
     monkeypatch.setattr(KVCache, "shift_left", lambda cache, n: shifts.append(n) or shift_left(cache, n))
     prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[4]] * 14  # 2, 3 and 9 tokens
