@@ -115,7 +115,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             group = [(row, index) for row, index in taken if tuple(prompts[index]) == prompt]
             keys, values, last_logits = prefilled[prompt]
             group_rows, begin = torch.tensor([row for row, _ in group], device=weight.device), cache.end - len(prompt)
-            cache.begin = min(cache.begin, begin)  # the window holds the new prompt, also for rows that move before step 3
+            cache.begin = min(cache.begin, begin)  # so that rows moved before step 3 keep their prompts
             cache.keys[:, group_rows, :, begin:cache.end] = keys[:, None]
             cache.values[:, group_rows, :, begin:cache.end] = values[:, None]
             mask[group_rows] = -torch.inf

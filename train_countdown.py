@@ -197,8 +197,8 @@ def main() -> None:
         num_tokens = sum(len(completion.token_ids) for completion in completions)
         sampled = time.time()
         if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
-            fail(f"got log-probs that are not finite at step {step + 1}, so the weights are broken; the checkpoint before "
-                 f"that is kept in {run / 'checkpoint'}. Lower --learning-rate")
+            fail(f"got log-probs of nan at step {step + 1}, expected finite ones: the weights are broken; the checkpoint "
+                 f"before that is kept in {run / 'checkpoint'}. Lower --learning-rate")
 
         # 3. rewards: each completion's accuracy and format, and with --language-weight its language
         parts = [reward(text, *puzzle, format_weight=config.format_weight, language_weight=config.language_weight,

@@ -389,7 +389,7 @@ def test_reward_by_default_is_accuracy_and_a_fifth_of_format():
 
 def test_reward_measures_the_language_it_is_told():
     parts = reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET, language="de", language_weight=1.0)
-    assert parts["reward"] == pytest.approx(2.1)
+    assert parts["reward"] == pytest.approx(2.2)
 
 
 # ------------------------------------------------------------------------------------------------------------- any string at all
