@@ -39,6 +39,7 @@ LEVELS = {
     "laptop4": Level((4,), 10, (1, 30)),       # one number more: generalisation, no stage trains on it
     "tinyzero": Level((3, 4), 99, (10, 100)),  # TinyZero's own level, for real checkpoints
 }
+STYLES = ("tiny", "base", "chat")  # prompt templates, see make_prompt
 HELD_OUT_PERCENT = 30  # the laptop level has only 2,025 puzzles, and an evaluation wants over 512 of them
 MAX_NUMBERS = 6  # the solver below is exact, so its work grows about twentyfold with each number
 
@@ -116,6 +117,14 @@ def solve(numbers, target: int) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- puzzles
+
+
+def check_task(level: str, style: str) -> None:
+    """Raises ValueError for a level or a prompt style that does not exist; scripts call it before any work is done."""
+    if level not in LEVELS:
+        raise ValueError(f"got level {level!r}, expected one of {', '.join(LEVELS)}")
+    if style not in STYLES:
+        raise ValueError(f"got style {style!r}, expected tiny, base or chat")
 
 
 def is_held_out(puzzle: Puzzle) -> bool:

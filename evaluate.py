@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from countdown import LEVELS, make_prompt, sample_puzzle, sample_puzzles, solve
+from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, solve
 from model import load
 from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
                      needless_thinking, parse_expression, reflection_words, verify)
@@ -46,10 +46,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        if self.level not in LEVELS:
-            raise ValueError(f"got level {self.level!r}, expected one of {', '.join(LEVELS)}")
-        if self.style not in ("tiny", "base", "chat"):
-            raise ValueError(f"got style {self.style!r}, expected tiny, base or chat")
+        check_task(self.level, self.style)
         if min(self.n, self.samples, self.max_new_tokens) < 1 or self.shots < 0:
             raise ValueError("expected n, samples and max_new_tokens of at least 1 and shots of at least 0")
         if self.temperature < 0 or not 0 < self.top_p <= 1:

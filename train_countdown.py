@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import evaluate
 from batching import micro_batches, pad_batch, pad_rows, token_logprobs
-from countdown import LEVELS, make_prompt, sample_puzzle, sample_puzzles
+from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
 from model import load
 from plots import plot_run
@@ -76,10 +76,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        if self.level not in LEVELS:
-            raise ValueError(f"got level {self.level!r}, expected one of {', '.join(LEVELS)}")
-        if self.style not in ("tiny", "base", "chat"):
-            raise ValueError(f"got style {self.style!r}, expected tiny, base or chat")
+        check_task(self.level, self.style)
         if self.average not in ("token", "sequence", "constant"):
             raise ValueError(f"got average {self.average!r}, expected token, sequence or constant")
         for name in ("steps", "batch_size", "max_new_tokens", "temperature", "learning_rate", "inner_epochs",
