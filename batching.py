@@ -3,7 +3,12 @@
 Shapes: B sequences, T tokens (prompt and completion, padded on the right), V vocabulary.
 """
 
+from functools import partial
+
 import torch
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2 ** 26  # tokens x vocabulary: 256 MiB in fp32
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
@@ -40,16 +45,39 @@ def pad_batch(prompts: list[list[int]], completions: list[list[int]], *, pad_id:
     return input_ids, ((columns >= starts) & (columns < stops)).float()  # (B, T), (B, T-1)
 
 
-def token_logprobs(model, input_ids, temperature: float = 1.0, *, with_entropy: bool = False):
-    """Log-probs (nats) that the model gives input_ids[:, 1:] at this temperature -> logprobs, entropy, each (B, T-1).
+def token_logprobs(model, input_ids, mask, temperature: float = 1.0, *, with_entropy: bool = False):
+    """Log-probs (nats) that the model gives input_ids[:, 1:] where mask (B, T-1) > 0 -> logprobs, entropy, each
+    (B, T-1), 0 elsewhere.
 
     The temperature is the sampler's: the policy that RL improves is the one that samples,
     softmax(logits / temperature). The entropy, None unless asked for, is of the full vocabulary, without gradient.
+
+    The logits of 8,192 tokens of a 151,936-token vocabulary are 5 GB in fp32, and softmax and gradient want as much
+    again. So they never exist all at once: prompts and padding get none, and the others are cut into chunks, which the
+    backward pass computes anew.
     """
-    logits = model(input_ids[:, :-1]).float()  # (B, T-1, V)
+    used = mask > 0
+    targets = input_ids[:, 1:][used]  # (N,)
+
+    def head(lm_head, hidden):  # hidden (B, T-1, D)
+        chunk = max(1, LOGITS_AT_ONCE // lm_head.out_features)
+        score = chosen_logprobs
+        if len(targets) > chunk and torch.is_grad_enabled():
+            score = partial(checkpoint, chosen_logprobs, use_reentrant=False)
+        parts = [score(lm_head, h, t, temperature, with_entropy)
+                 for h, t in zip(hidden[used].split(chunk), targets.split(chunk))]
+        return [None if column[0] is None else torch.zeros_like(mask).masked_scatter(used, torch.cat(column))
+                for column in zip(*parts)]
+
+    logprobs, entropy = model(input_ids[:, :-1], head=head)
+    return logprobs, entropy
+
+
+def chosen_logprobs(lm_head, hidden, targets, temperature: float, with_entropy: bool):
+    """hidden (N, D), targets (N,) -> the targets' log-probs, the entropies or None, each (N,) in fp32."""
+    logits = lm_head(hidden).float()  # (N, V)
     if temperature != 1.0:
         logits = logits / temperature
-    log_softmax = logits.log_softmax(-1)  # (B, T-1, V)
-    logprobs = log_softmax.gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
-    entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1) if with_entropy else None  # (B, T-1)
-    return logprobs, entropy
+    log_softmax = logits.log_softmax(-1)  # (N, V)
+    entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1) if with_entropy else None
+    return log_softmax.gather(-1, targets[:, None]).squeeze(-1), entropy

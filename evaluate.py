@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, solve
-from model import load
+from model import DTYPES, check_dtype, load
 from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
                      needless_thinking, parse_expression, reflection_words, verify)
 from run_folder import bad_input_exits, parse_config
@@ -43,12 +43,15 @@ class Config:
     show: int = 0                    # print this many completions with their verdicts
     json: str = ""                   # also write the table to this file
     seed: int = 0                    # which puzzles, and the sampling
+    slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
+    dtype: str = "float32"           # what the model computes in: float32 or bfloat16
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
         check_task(self.level, self.style)
-        if min(self.n, self.samples, self.max_new_tokens) < 1 or self.shots < 0:
-            raise ValueError("expected n, samples and max_new_tokens of at least 1 and shots of at least 0")
+        if min(self.n, self.samples, self.max_new_tokens, self.slots) < 1 or self.shots < 0:
+            raise ValueError("expected n, samples, max_new_tokens and slots of at least 1 and shots of at least 0")
+        check_dtype(self.dtype)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, "
                              "expected at least 0 and within (0, 1]")
@@ -132,7 +135,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     puzzles = sample_puzzles(config.n, level=config.level, held_out=True, seed=config.seed)
     examples = few_shot_examples(config.shots, config.style, config.level, config.seed)
     prompts = [make_prompt(puzzle, config.style, tokenizer, examples) for puzzle in puzzles]
-    settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+    settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
     _, completions, texts = complete(model, tokenizer, repeated, max_new_tokens=config.max_new_tokens, **settings)
     groups = [texts[i * config.samples:(i + 1) * config.samples] for i in range(len(puzzles))]
@@ -178,7 +181,7 @@ def main() -> None:
         if config.json and not Path(config.json).parent.is_dir():
             raise FileNotFoundError(f"got --json {config.json}, but there is no folder {Path(config.json).parent}; "
                                     "make it first")
-        model, tokenizer = load(config.model, device=config.device)
+        model, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
         table, records = evaluate(model.eval(), tokenizer, config)
     for record in records[:config.show * config.samples:config.samples]:
         print(f"{record['prompt'].removesuffix('<think>')}{record['completion']}\n=> {record['verdict']}\n")

@@ -9,18 +9,22 @@ columns of the cache, W of them in use.
 """
 
 import copy
-import json
 import math
-import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from directories import check_device, find_directory, read_directory, replace_directory
+from kv_cache import KVCache
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,32 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.floor=torch.tensor((size*eps)**0.5,device='cpu')
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        if torch.is_grad_enabled() or not x.is_cpu:
+            return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        n=x.shape[-1]
+        norm=torch.hypot(torch.linalg.vector_norm(x.float(),dim=-1,keepdim=True),self.floor)
+        return (x/norm).to(x.dtype)*(self.weight*n**0.5)
+
+
+class Linear(nn.Linear):
+    """x W^T + bias; with an adapter on top, + scale * (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.lora_a = self.lora_b = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora_a is None or not self.adapted:
+            return y
+        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
 
 def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, (context, E) each, in fp32.
+    """cos and sin of position * frequency, (context, E) each, in fp32; the first half of sin is negated for rotate().
 
     Frequency i is theta^(-2i/E) (RoFormer, arXiv 2104.09864). Llama 3 scales it: long wavelengths are slowed down by
     `factor`, short ones stay, those between are blended linearly.
@@ -95,57 +118,15 @@ def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch
         frequencies = keep * frequencies + (1 - keep) * frequencies / factor
     positions = torch.arange(config.context, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies)  # (context, E/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (context, E)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + E/2]) of every head by the position's angles.
-
-    x (B, T, H or K, E); cos, sin (B or 1, T, H, E), the same for every head.
+    """Rotates the pairs (x[i], x[i + E/2]) of every head by the position's angles: x[i] cos - x[i + E/2] sin, and
+    x[i + E/2] cos + x[i] sin. All shapes (B, T, heads, E); rolling by E/2 swaps the halves, and sin has their signs.
     """
-    heads = x.shape[2]
-    left, right = x.chunk(2, dim=-1)
-    return x * cos[:, :, :heads] + torch.cat([-right, left], dim=-1) * sin[:, :, :heads]
-
-
-class KVCache:
-    """Keys and values of every layer, B rows, S columns. All rows write into the same column, whatever their lengths.
-
-    Rows of different age share one cursor: the caller's mask says which columns belong to a row, and positions are the
-    caller's too, so a row may begin at any column. Then appending a token is one slice copy, and attention reads one
-    contiguous window.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, columns: int, *, device=None, dtype=torch.float32):
-        shape = (config.num_layers, rows, config.num_kv_heads, columns, config.head_dim)  # (L, B, K, S, E)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.begin = 0  # first column that any row uses
-        self.end = 0    # the cursor: the next column to write
-
-    def append(self, layer: int, keys, values):
-        """Writes (B, K, T, E) at the cursor and returns the window (B, K, W, E) of all columns in use.
-
-        hidden() moves the cursor, once for all layers.
-        """
-        stop = self.end + keys.shape[2]
-        self.keys[layer, :, :, self.end:stop] = keys
-        self.values[layer, :, :, self.end:stop] = values
-        return self.keys[layer, :, :, self.begin:stop], self.values[layer, :, :, self.begin:stop]
-
-    def keep_rows(self, rows) -> None:
-        """Moves these rows together and forgets the others. In place, a layer at a time: never holds a second cache."""
-        window = slice(self.begin, self.end)
-        for tensor in (*self.keys, *self.values):  # (B, K, S, E)
-            tensor[:len(rows), :, window] = tensor[rows, :, window]
-        self.keys, self.values = self.keys[:, :len(rows)], self.values[:, :len(rows)]
-
-    def shift_left(self, columns: int) -> None:
-        """Moves everything in use this many columns to the left, to make room at the right end."""
-        for tensor in (*self.keys, *self.values):
-            tensor[:, :, :self.end - columns] = tensor[:, :, columns:self.end].clone()
-        self.begin, self.end = self.begin - columns, self.end - columns
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -153,42 +134,44 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, layer: int, cache: KVCache | None, mask):
-        B, T, _ = x.shape
-        heads = (B, T, -1, self.config.head_dim)
-        q, k, v = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or K, E)
-        if self.config.qk_norm:
+        (B, T, _), config = x.shape, self.config
+        q, k, v = (project(x).view(B, T, -1, config.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)  # (B, H, T, E), (B, K, T, E)
+        qk = rotate(torch.cat([q, k], dim=2), cos, sin)  # (B, T, H+K, E): both in one go, half the kernels
+        q, k = (part.transpose(1, 2) for part in qk.split([config.num_heads, config.num_kv_heads], dim=2))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, W, E)
-        if T == 1 and mask is not None:
+        if T == 1:
             # one new token: the H/K heads that share keys become queries on the same keys, which are read only once
-            q = q.view(B, self.config.num_kv_heads, -1, self.config.head_dim)  # (B, K, H/K, E)
-            scores = q @ k.transpose(-1, -2) * self.config.head_dim ** -0.5 + mask  # (B, K, H/K, W)
-            attended = (scores.softmax(-1) @ v).view(B, 1, -1)  # (B, 1, H*E)
+            q = q.reshape(B, config.num_kv_heads, -1, config.head_dim)  # (B, K, H/K, E)
+        if T == 1 and mask is not None and q.is_cpu:  # here the fused kernel is slower than two matrix products
+            scores = (q @ k.transpose(-1, -2)).mul_(config.head_dim ** -0.5).add_(mask)  # (B, K, H/K, W)
+            attended = scores.softmax(-1) @ v  # (B, K, H/K, E)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                                      enable_gqa=self.config.num_heads != self.config.num_kv_heads)
-            attended = attended.transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(attended)
+                                                      enable_gqa=q.shape[1] != k.shape[1])
+        if T > 1:
+            attended = attended.transpose(1, 2)  # (B, T, H, E)
+        return self.o_proj(attended.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -213,6 +196,7 @@ class Model(nn.Module):
     def __init__(self, hf_config):
         super().__init__()
         self.hf_config, self.config = hf_config, read_config(hf_config)
+        self.activation_checkpointing = False  # keep only each block's input for the backward pass, compute the rest again
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(self.config.vocab_size, self.config.hidden_size),
             "layers": nn.ModuleList(Block(self.config) for _ in range(self.config.num_layers)),
@@ -240,16 +224,80 @@ class Model(nn.Module):
         x = self.model["embed_tokens"](input_ids)  # (B, T, D)
         # written out for every head, once for all layers: elementwise kernels are 3 times faster on it than on a
         # broadcast of short rows
-        cos, sin = (table[positions].unsqueeze(2).repeat(1, 1, self.config.num_heads, 1).to(x.dtype)
-                    for table in (self.cos, self.sin))  # (B or 1, T, H, E)
+        heads = self.config.num_heads + self.config.num_kv_heads
+        cos, sin = (table[positions].unsqueeze(2).repeat(1, 1, heads, 1).to(x.dtype)
+                    for table in (self.cos, self.sin))  # (B or 1, T, H+K, E)
         for layer, block in enumerate(self.model["layers"]):
-            x = block(x, cos, sin, layer, cache, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, layer, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, layer, cache, mask)
         if cache is not None:
-            cache.end += input_ids.shape[1]
+            cache.advance(input_ids.shape[1])
         return self.model["norm"](x)
 
-    def forward(self, input_ids, *, positions=None, cache: KVCache | None = None, mask=None):
-        return self.lm_head(self.hidden(input_ids, positions=positions, cache=cache, mask=mask))
+    def forward(self, input_ids, *, positions=None, cache: KVCache | None = None, mask=None, head=None):
+        """-> logits (B, T, V), or what head(lm_head, hidden) makes of the last state, for who needs no full logits."""
+        hidden = self.hidden(input_ids, positions=positions, cache=cache, mask=mask)
+        return self.lm_head(hidden) if head is None else head(self.lm_head, hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def add_lora(model: Model, rank: int, alpha: float, seed: int) -> None:
+    """Freezes the model and puts an adapter on every matrix of its blocks: W + alpha / rank * B A, with A (rank, in)
+    and B (out, rank). A is random and B zero, so that training starts from the frozen model.
+
+    A matrix of 2,048 x 11,008 trains 13,056 numbers per unit of rank, instead of 22.5 million.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for module in lora_layers(model):
+        a = torch.randn(rank, module.in_features, generator=generator) * module.in_features ** -0.5
+        module.lora_a = nn.Parameter(a.to(module.weight))
+        module.lora_b = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
+        module.scale, module.adapted = alpha / rank, True
+
+
+def lora_layers(model: Model) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+@contextmanager
+def merged(model: Model):
+    """Inside, W + scale * B A stands in W's place: sampling costs nothing extra, and save() writes a plain checkpoint.
+
+    Rounding makes "add, then subtract" inexact, so the frozen weights are put back from a copy in host memory. In bf16
+    the sum itself is rounded, and what is less than half a step of W is lost: sampler and trainer differ by that, and
+    logprob_gap says how much. A model without adapters is left as it is.
+    """
+    layers = [module for module in lora_layers(model) if module.lora_a is not None]
+    with torch.no_grad():
+        for module in layers:
+            if not hasattr(module, "frozen"):
+                module.frozen = module.weight.to("cpu", copy=True)  # once: these weights never change
+            module.weight += module.scale * (module.lora_b.float() @ module.lora_a.float())
+            module.adapted = False
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module in layers:
+                module.weight.copy_(module.frozen)
+                module.adapted = True
+
+
+@contextmanager
+def without_lora(model: Model):
+    """Inside, the model is the frozen one: the KL's reference, without a second copy."""
+    for module in lora_layers(model):
+        module.adapted = False
+    try:
+        yield
+    finally:
+        for module in lora_layers(model):
+            module.adapted = True
 
 
 def init_weights(model: Model, seed: int) -> None:
@@ -274,45 +322,11 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
     by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoTokenizer
-
     check_device(device)
     directory = find_directory(path_or_id)
-    for name in ("config.json", "tokenizer.json"):
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {name}; expected config.json, "
-                                    "tokenizer.json and model.safetensors, as save_pretrained writes them")
-        try:
-            json.loads((directory / name).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"got a corrupt or truncated {directory / name} ({error}); copy it again") from None
-    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for shard in shards:
-        if not (directory / shard).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {shard}; expected the weights as "
-                                    "safetensors, in one file or in every shard that "
-                                    "model.safetensors.index.json names")
-    architecture = json.loads((directory / "config.json").read_text()).get("model_type")
-    if architecture not in FAMILIES:  # said before transformers complains about one that it does not know either
-        raise ValueError(f"got a config of architecture {architecture!r} in {directory}, "
-                         f"expected one of {', '.join(FAMILIES)}")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"got a tokenizer without an EOS token in {directory}; completions could never end. "
-                         "Set eos_token in tokenizer_config.json")
+    hf_config, tokenizer, state = read_directory(directory, FAMILIES)
     with torch.device("meta"):
-        model = Model(AutoConfig.from_pretrained(directory))
-    state = {}
-    for shard in shards:
-        try:
-            state |= load_file(directory / shard)
-        except SafetensorError as error:
-            raise ValueError(f"got a corrupt or truncated weights file {directory / shard} ({error}); "
-                             "copy it again") from None
+        model = Model(hf_config)
     if model.config.tied_embeddings:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
     expected = set(model.state_dict())
@@ -331,26 +345,9 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     return model.to(device), tokenizer
 
 
-def check_device(device) -> None:
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"got device {device!r}, but this PyTorch sees no CUDA GPU; use --device cpu")
-
-
-def find_directory(path_or_id) -> Path:
-    directory = Path(path_or_id)
-    if directory.is_dir():
-        return directory
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "models/", "runs/")):
-        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and "
-                                "no hub id like Qwen/Qwen2.5-1.5B")
-    from huggingface_hub import snapshot_download  # comes with transformers
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
-    except Exception as error:  # the hub raises a dozen kinds; all of them mean: not here and not to be had
-        raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and could not be fetched "
-                                f"from the hub ({type(error).__name__}); check the name and the network, or download "
-                                "it elsewhere and pass its directory") from None
+def check_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise ValueError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
 
 
 def end_tokens(model: Model, tokenizer) -> set[int]:
@@ -359,8 +356,11 @@ def end_tokens(model: Model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
 
 
-def save(model: Model, tokenizer, directory) -> None:
-    """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model."""
+def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
+    """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model.
+
+    state: the state dict to write, where the model's own tensors are split over processes.
+    """
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -371,18 +371,9 @@ def save(model: Model, tokenizer, directory) -> None:
     hf_config.dtype = model.lm_head.weight.dtype  # else a checkpoint read as bf16 and trained in fp32 is rounded again
     hf_config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()
+             if "lora_" not in name}
     if model.config.tied_embeddings:
         del state["lm_head.weight"]
     save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
     replace_directory(staging, directory)
-
-
-def replace_directory(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; at every moment the old or the new one is there whole, as NAME or NAME.old."""
-    old = directory.with_name(directory.name + ".old")
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(directory, old)
-    os.rename(staging, directory)
-    shutil.rmtree(old, ignore_errors=True)

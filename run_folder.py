@@ -19,21 +19,27 @@ from pathlib import Path
 
 import torch
 
-from model import load, replace_directory, save
+from directories import replace_directory
+from distributed import barrier, full_state, rank
+from model import load, save
 
 
 # -------------------------------------------------------------------------------------------------------- flags, errors
 
 
-def parse_config(config_class, doc: str, arguments: list[str] | None = None):
+def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, presets: dict[str, dict] | None = None,
+                 changeable: tuple[str, ...] = ()):
     """A frozen dataclass -> its command line -> an instance. Defaults come from fields, help texts from their comments.
 
-    argparse ends with exit code 2 on unknown flags and wrong types; the dataclass's own __post_init__ raises ValueError
-    on bad values.
+    presets adds --preset NAME: a named set of values, which flags override. --resume RUN takes all values from that
+    run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2 on unknown flags and
+    wrong types, the dataclass's own __post_init__ raises ValueError on bad values.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only flags that are given
+    if presets:
+        parser.add_argument("--preset", choices=presets, help="a named set of values; flags override them")
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
@@ -41,14 +47,18 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None):
         action = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             action = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **action)
-    values = vars(parser.parse_args(arguments))
-    given = [name for name, value in values.items() if value != parser.get_default(name) and name != "resume"]
-    if values.get("resume") and given:
-        parser.error(f"got --resume together with --{given[0].replace('_', '-')}; a resumed run keeps every setting of "
-                     "its config.json, so give --resume alone")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **action)
+    given = vars(parser.parse_args(arguments))
+    fixed = [name for name in given if name != "resume" and name not in changeable]
+    if given.get("resume") and fixed:
+        allowed = " or with " + ", ".join(f"--{name.replace('_', '-')}" for name in changeable) if changeable else ""
+        parser.error(f"got --resume together with --{fixed[0].replace('_', '-')}; a resumed run keeps every setting of "
+                     f"its config.json, so give --resume alone{allowed}")
+    values = (presets or {}).get(given.pop("preset", None), {})
     with bad_input_exits():
-        return config_class(**values)
+        if given.get("resume"):
+            values = dataclasses.asdict(read_run_config(given["resume"], config_class))
+        return config_class(**{**values, **given})
 
 
 def fail(message) -> typing.NoReturn:
@@ -64,6 +74,18 @@ def bad_input_exits():
         yield
     except (ValueError, OSError) as error:
         fail(error)
+
+
+@contextmanager
+def out_of_memory_exits(advice: str):
+    """Training stands inside: running out of memory ends in one line and exit code 2; the last checkpoint stays."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        what = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        fail(f"out of memory{f' ({what[0]})' if what else ''}; {advice}")
 
 
 class StopRequest:
@@ -129,25 +151,31 @@ def rewind_log(path: Path, step: int) -> None:
 
 
 def save_checkpoint(run: Path, model, tokenizer, trainer_state: dict) -> None:
-    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole."""
-    staging = run / "checkpoint.new"
-    save(model, tokenizer, staging)
-    torch.save(trainer_state, staging / "trainer_state.pt")
-    replace_directory(staging, run / "checkpoint")
+    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole.
+
+    All ranks: under FSDP each has a part of every tensor; the first one writes.
+    """
+    state, trainer_state = full_state(model.state_dict()), full_state(trainer_state)
+    if rank() == 0:
+        staging = run / "checkpoint.new"
+        save(model, tokenizer, staging, state)
+        torch.save(trainer_state, staging / "trainer_state.pt")
+        replace_directory(staging, run / "checkpoint")
+    barrier()
 
 
-def load_checkpoint(run, *, device="cpu"):
+def load_checkpoint(run, *, dtype=torch.float32, device="cpu"):
     """-> (model, tokenizer, trainer_state). Raises FileNotFoundError if missing, ValueError if corrupt or truncated."""
     directory = find_checkpoint(run)
     path = directory / "trainer_state.pt"
     if not path.exists():
         raise FileNotFoundError(f"got checkpoint {directory} without trainer_state.pt, so training cannot continue "
                                 f"exactly; start a new run from it with --model {directory}")
-    model, tokenizer = load(directory, device=device)
+    model, tokenizer = load(directory, dtype=dtype, device=device)
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take it for another format and raise whatever that raises
             raise zipfile.BadZipFile
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"got a corrupt or truncated {path} ({type(error).__name__}); start a new run from its "
                          f"weights with --model {directory}") from None

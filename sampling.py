@@ -2,7 +2,7 @@
 
 A padded batch waits for its longest row. Here rows live in slots that stay full: a finished row makes room for the next
 prompt, and when no prompt is left the remaining rows are moved together. The prompt of a group is read once, then its
-keys and values are copied to the group's rows. All rows write into the same cache column, the cursor (model.KVCache),
+keys and values are copied to the group's rows. All rows write into the same cache column, the cursor (kv_cache.py),
 so a row is its column range:
 
     columns   0  1  2  3  4  5  6  7 cursor
@@ -12,7 +12,10 @@ so a row is its column range:
 Each completion draws from its own random stream, (seed, index), so its tokens do not depend on the rows that share its
 batch, on the number of slots or on the order in which others finish, up to ties within floating-point rounding.
 
-R rows in use, V vocabulary, U different prompts in one prefill; model.py explains the other letters.
+On a GPU a decoding step is one replay of a CUDA graph, and the host looks only every 16 steps at which rows are done.
+
+R rows in use, V vocabulary, U different prompts in one prefill, N completions, M max_new_tokens; model.py explains the
+other letters.
 """
 
 from collections import Counter, deque
@@ -20,9 +23,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from batching import pad_rows
-from model import KVCache, end_tokens
+from batching import micro_batches, pad_rows
+from kv_cache import KVCache, StaticKVCache
+from model import end_tokens
+
+PREFILL_TOKENS = 16384  # prompt tokens in one forward pass
+COLUMNS = 128           # a graph's window is a multiple of this
 
 
 @dataclass
@@ -49,39 +57,171 @@ def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[lis
     return prompt_ids, completions, texts
 
 
+# ------------------------------------------------------------------------------------------------------------ one token
+
+
 def choose_tokens(logits, uniforms, *, temperature: float, top_p: float):
-    """logits (R, V), uniforms (R,) in [0, 1) -> tokens (R,), logprobs (R,).
+    """logits (R, V), uniforms (R,) in [0, 1) -> tokens (R,), logprobs (R,). Nothing in it waits for a GPU.
 
     Inverse-CDF sampling: the token at which the cumulative probability passes the uniform number, one number a token.
     Temperature 0 is greedy, with log-probs at temperature 1. top_p keeps the smallest set of most likely tokens that
     holds that much probability (nucleus sampling, arXiv 1904.09751); it is for evaluation only, because the trainer
     scores the untruncated policy.
     """
-    log_softmax = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (R, V)
+    if temperature not in (0, 1):
+        logits = logits.float() / temperature
+    log_softmax = logits.log_softmax(-1, dtype=torch.float32)  # (R, V)
     if temperature == 0:
         tokens = log_softmax.argmax(-1)
     else:
-        probs = log_softmax.double().exp()
+        probs = log_softmax.exp()
         if top_p < 1:
             ordered, order = probs.sort(-1, descending=True)
             ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # drop a token when those before it already hold top_p
             probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-        # in float64: a float32 sum over 150,000 tokens would be off by more than a rare token's share
-        cumulative = probs.cumsum(-1)
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+        tokens = inverse_cdf(probs, uniforms)
     return tokens, log_softmax.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def inverse_cdf(weights, uniforms, block: int = 1024):
+    """weights (R, V) >= 0, uniforms (R,) -> (R,): the first index whose cumulative weight exceeds uniform * total.
+
+    Sums are in float64: in float32, a sum over 150,000 tokens is off by more than a rare token's share. float64 is slow
+    on GPUs, so a large vocabulary is cut into blocks: first the block is chosen, then the token in it.
+    """
+    def first_above(weights, target):  # (R, n), (R,) -> (R,)
+        cumulative = weights.double().cumsum(-1)
+        target = torch.minimum(target, cumulative[:, -1] * (1 - 2 ** -53))  # rounding must not lead past the last one
+        return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
+
+    rows, size = weights.shape
+    if size <= block:
+        return first_above(weights, uniforms * weights.sum(-1, dtype=torch.float64))
+    blocks = F.pad(weights, (0, -size % block)).view(rows, -1, block)  # (R, V / block, block)
+    sums = blocks.sum(-1, dtype=torch.float64)  # (R, V / block)
+    target = uniforms * sums.sum(-1)
+    chosen = first_above(sums, target)[:, None]  # (R, 1)
+    before = (sums.cumsum(-1) - sums).gather(1, chosen).squeeze(1)
+    inside = first_above(blocks.gather(1, chosen[:, :, None].expand(-1, -1, block)).squeeze(1), target - before)
+    return (chosen.squeeze(1) * block + inside).clamp(max=size - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+
+class Rows:
+    """The state of R rows on the device, and the decoding step, which changes it without asking the host.
+
+    Completion N is nobody's: a row that has stopped belongs to it, and whatever the row still writes goes there.
+    """
+
+    def __init__(self, model, rows: int, columns: int, num_completions: int, max_new_tokens: int, *, static: bool,
+                 eos_ids, **choice):
+        weight = model.lm_head.weight
+        device, dtype = weight.device, weight.dtype
+        self.model, self.N, self.M, self.choice = model, num_completions, max_new_tokens, choice
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+        # what has been written, a line a completion
+        self.tokens = torch.zeros(self.N + 1, self.M, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(self.N + 1, self.M, device=device)
+        self.uniforms = torch.zeros(self.N + 1, self.M, dtype=torch.float64, device=device)
+        self.lengths = torch.zeros(self.N + 1, dtype=torch.long, device=device)
+        # the rows that write it
+        self.owner = torch.full((rows,), self.N, device=device)  # (R,) which completion a row is writing
+        self.begins = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) its first column
+        self.last = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) its last token
+        # (R, S): 0 on a row's own columns, -inf elsewhere
+        self.mask = torch.full((rows, columns), -torch.inf, device=device, dtype=dtype)
+        self.cache = (StaticKVCache if static else KVCache)(model.config, rows, columns, device=device, dtype=dtype)
+
+    def write(self, rows, logits) -> None:
+        """Chooses a token for each of these rows (indices or a slice) from logits (R, V) and writes it down."""
+        owner = self.owner[rows]
+        length = self.lengths[owner].clamp(max=self.M - 1)  # (R,)
+        tokens, logprobs = choose_tokens(logits, self.uniforms[owner, length], **self.choice)
+        self.tokens[owner, length], self.logprobs[owner, length] = tokens, logprobs
+        self.lengths[owner] = length + 1
+        stopped = (tokens[:, None] == self.eos_ids).any(1) | (length + 1 == self.M)
+        self.owner[rows], self.last[rows] = owner.masked_fill(stopped, self.N), tokens
+
+    def step(self) -> None:
+        """Every row's last token goes into the cursor's column, and the next one is chosen."""
+        self.mask.index_fill_(1, self.cache.cursor, 0.0)
+        positions = (self.cache.cursor - self.begins).clamp(0, self.model.config.context - 1)[:, None]  # (R, 1)
+        mask = self.mask[:, None, None, self.cache.begin:self.cache.stop]  # (R, 1, 1, W)
+        logits = self.model(self.last[:, None], positions=positions, cache=self.cache, mask=mask)[:, 0]  # (R, V)
+        self.write(slice(None), logits)
+
+    def start(self, rows: list[int], indices: list[int], uniforms, keys, values, logits) -> None:
+        """Puts completions of one prompt into these rows, right before the cursor, and chooses their first tokens.
+
+        uniforms (number of rows, M); keys, values (L, K, T, E) and logits (V,) are the prompt's, from prefill().
+        """
+        device, end = self.owner.device, self.cache.end
+        begin, where = end - keys.shape[2], torch.tensor(rows, device=device)
+        self.cache.begin = min(self.cache.begin, begin)
+        self.cache.keys[:, where, :, begin:end] = keys[:, None]
+        self.cache.values[:, where, :, begin:end] = values[:, None]
+        self.mask[where] = -torch.inf
+        self.mask[where, begin:end] = 0
+        self.begins[where], self.owner[where] = begin, torch.tensor(indices, device=device)
+        self.uniforms[indices] = uniforms.to(device)
+        self.write(where, logits.expand(len(rows), -1))
+
+    def shrink(self, rows: int, live: list[int]) -> None:
+        """Keeps the first so many rows; live ones beyond them move into the places of stopped ones."""
+        movers = [row for row in live if row >= rows]
+        holes = sorted(set(range(rows)) - set(live))[:len(movers)]
+        for tensor in (self.owner, self.begins, self.last, self.mask):
+            tensor[holes] = tensor[movers]
+        self.cache.shrink(rows, holes, movers)
+        self.owner, self.begins, self.last, self.mask = (
+            tensor[:rows] for tensor in (self.owner, self.begins, self.last, self.mask))
+
+    def shift_left(self, columns: int) -> None:
+        self.cache.shift_left(columns)
+        self.mask[:, :-columns] = self.mask[:, columns:].clone()
+        self.mask[:, -columns:] = -torch.inf
+        self.begins -= columns
+
+
+class Graphs:
+    """Runs a decoding step as one launch. The step of a model with 28 layers is some 900 kernels, and to launch them
+    one by one takes longer than to run them.
+
+    A CUDA graph repeats the same kernels on the same memory, so there is one for each shape. A shape's first step runs
+    as it is, which also warms up what may not happen for the first time under capture. Without a GPU every step does.
+    """
+
+    def __init__(self, step, device):
+        self.step, self.capture, self.graphs, self.pool = step, device.type == "cuda", {}, None
+
+    def run(self, shape) -> None:
+        if shape in self.graphs:
+            self.graphs[shape].replay()
+            return
+        self.step()
+        if self.capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step()  # recorded, not run
+            self.pool, self.graphs[shape] = graph.pool(), graph
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-           eos_ids, seed: int, slots: int = 256) -> list[Completion]:
+           eos_ids, seed: int, slots: int = 256, first_index: int = 0, static: bool | None = None) -> list[Completion]:
     """One completion per prompt, in the order of prompts; repeat a prompt to get a group.
 
     slots: rows that decode at the same time; a memory and speed setting that does not change the tokens.
+    first_index: the random stream of the first completion, so that several processes can share one list of prompts.
+    static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: on a GPU.
     Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context.
     """
-    config, weight = model.config, model.lm_head.weight
+    config, device = model.config, model.lm_head.weight.device
     longest = max(map(len, prompts), default=0)
     if min(map(len, prompts), default=1) == 0:
         raise ValueError("got an empty prompt; expected at least one token to continue from")
@@ -89,103 +229,92 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         raise ValueError(f"got a prompt of {longest} tokens and max_new_tokens {max_new_tokens}, together more than "
                          f"the model's context of {config.context}; lower max_new_tokens to "
                          f"{max(0, config.context - longest)} or shorten the prompt")
-    completions = [Completion([], [], truncated=True) for _ in prompts]
+    if not prompts:
+        return []
+    static = device.type == "cuda" if static is None else static
+    steps = 16 if static else 1  # between two looks at which rows have stopped: a look waits for the GPU
+    width = longest + max_new_tokens  # the most columns a row can need
+    columns = width + max(width // 4, steps)
+    columns += -columns % COLUMNS if static else 0
+
+    rows = Rows(model, min(slots, len(prompts)), columns, len(prompts), max_new_tokens, static=static,
+                eos_ids=eos_ids, temperature=temperature, top_p=top_p)
+    cache, graphs = rows.cache, Graphs(rows.step, device)
+    cache.move_cursor(longest)  # room for every prompt to the left of the cursor
+    cache.begin = longest
     queue = deque(range(len(prompts)))  # indices of completions that have not begun
     waiting = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
-    prefilled = {}  # prompt -> keys, values (L, K, T, E) and the logits after its last token (V,)
-
-    rows = min(slots, len(prompts))
-    width = longest + max_new_tokens  # the most columns a row can need
-    cache = KVCache(config, rows, width + width // 4, device=weight.device, dtype=weight.dtype)
-    cache.begin = cache.end = longest  # room for every prompt to the left of the cursor
-    # (R, S): 0 on a row's own columns, -inf elsewhere
-    mask = torch.full((rows, cache.keys.shape[3]), -torch.inf, device=weight.device, dtype=weight.dtype)
-    logits = torch.zeros(rows, config.vocab_size, device=weight.device)
-    uniforms = torch.zeros(rows, max_new_tokens, dtype=torch.float64, device=weight.device)
-    owner = [-1] * rows  # which completion a row is writing; -1: none
-    begins = [0] * rows  # the row's first column
+    prefilled = {}  # prompt -> its keys, values and last logits
 
     def fill(free: list[int]) -> None:
         """Puts the next prompts of the queue into these rows."""
         taken = [(row, queue.popleft()) for row in free[:len(queue)]]
-        new = list(dict.fromkeys(prompt for _, index in taken if (prompt := tuple(prompts[index])) not in prefilled))
-        if new:
-            prefilled.update(zip(new, prefill(model, new)))
-        for prompt in dict.fromkeys(tuple(prompts[index]) for _, index in taken):
-            group = [(row, index) for row, index in taken if tuple(prompts[index]) == prompt]
-            keys, values, last_logits = prefilled[prompt]
-            group_rows, begin = torch.tensor([row for row, _ in group], device=weight.device), cache.end - len(prompt)
-            cache.begin = min(cache.begin, begin)  # so that rows moved before step 3 keep their prompts
-            cache.keys[:, group_rows, :, begin:cache.end] = keys[:, None]
-            cache.values[:, group_rows, :, begin:cache.end] = values[:, None]
-            mask[group_rows] = -torch.inf
-            mask[group_rows, begin:cache.end] = 0
-            logits[group_rows] = last_logits
-            for row, index in group:
-                owner[row], begins[row] = index, begin
-                uniforms[row] = torch.from_numpy(np.random.default_rng([seed, index]).random(max_new_tokens))
+        groups = {}
+        for row, index in taken:
+            groups.setdefault(tuple(prompts[index]), []).append((row, index))
+        prefilled.update(prefill(model, [prompt for prompt in groups if prompt not in prefilled]))
+        for prompt, group in groups.items():
+            group_rows, indices = zip(*group)
+            uniforms = np.stack([np.random.default_rng([seed, first_index + i]).random(max_new_tokens) for i in indices])
+            rows.start(list(group_rows), list(indices), torch.from_numpy(uniforms), *prefilled[prompt])
             waiting[prompt] -= len(group)
             if not waiting[prompt]:
                 del prefilled[prompt]
 
-    fill(list(range(rows)))
-    while rows:
-        # 1. one token for every row, from the logits of the last step or of the prefill
-        lengths = torch.tensor([len(completions[index].token_ids) if index >= 0 else 0 for index in owner],
-                               device=weight.device)
-        drawn = uniforms.gather(1, lengths[:, None]).squeeze(1)  # (R,)
-        tokens, logprobs = choose_tokens(logits, drawn, temperature=temperature, top_p=top_p)
-        free = []
-        for row, (index, token, logprob) in enumerate(zip(owner, tokens.tolist(), logprobs.tolist())):
-            if index >= 0:
-                completion = completions[index]
-                completion.token_ids.append(token)
-                completion.logprobs.append(logprob)
-                completion.truncated = token not in eos_ids
-                if not completion.truncated or len(completion.token_ids) == max_new_tokens:
-                    owner[row] = -1
-            if owner[row] < 0:
-                free.append(row)
-
-        # 2. rows that stopped are dropped once they are a quarter of all (moving the others costs about one step)
-        if not queue and len(free) > rows // 4:
-            keep = torch.tensor([row for row in range(rows) if owner[row] >= 0], dtype=torch.long, device=weight.device)
-            owner, begins = [owner[row] for row in keep.tolist()], [begins[row] for row in keep.tolist()]
-            cache.keep_rows(keep)
-            mask, uniforms, tokens, lengths = mask[keep], uniforms[keep], tokens[keep], lengths[keep]
-            rows, free = len(owner), []
-            if not rows:
-                break
-
-        # 3. forward: every row's token goes into the cursor's column
-        if len(free) < rows:
-            cache.begin = min(begin for begin, index in zip(begins, owner) if index >= 0)
-            if cache.end == cache.keys.shape[3]:
-                shift = min(cache.begin, cache.end - longest)  # prompts still need their room to the left of the cursor
-                begins = [begin - shift for begin in begins]
-                mask = torch.cat([mask[:, shift:], torch.full_like(mask[:, :shift], -torch.inf)], dim=1)
-                cache.shift_left(shift)
-            mask[:, cache.end] = 0
-            positions = cache.end - torch.tensor(begins, device=weight.device)[:, None]  # (R, 1): its columns so far
-            logits = model(tokens[:, None], positions=positions.clamp(0, config.context - 1), cache=cache,
-                           mask=mask[:, None, None, cache.begin:cache.end + 1])[:, 0]  # (R, V)
-
-        # 4. free rows take the next prompts, right before the cursor
+    while True:
+        # 1. which rows have stopped; they take the next prompts
+        done = (rows.owner == rows.N).tolist()  # the only place that waits for the device
+        live = [row for row, stopped in enumerate(done) if not stopped]
+        free = [row for row, stopped in enumerate(done) if stopped]
         if queue and free:
             fill(free)
-    return completions
+            continue  # a first token can already be EOS
+        if not live:
+            break
+
+        # 2. no prompt is left: drop stopped rows, where that pays for moving others into their places
+        if static:
+            size = len(done)
+            while len(live) <= size // 2:  # each size is a graph of its own, so only by halves
+                size //= 2
+        else:
+            size = len(done) if len(free) <= len(done) // 8 else len(live)
+        if size < len(done):
+            rows.shrink(size, live)
+
+        # 3. the columns in use, and room for the next ones
+        begin = rows.begins.masked_fill(rows.owner == rows.N, columns).min().item()
+        if cache.end + steps > columns:
+            shift = min(begin, cache.end - longest)  # prompts still need their room to the left of the cursor
+            rows.shift_left(shift)
+            begin -= shift
+        cache.begin = begin
+        if static:
+            cache.begin = begin - begin % COLUMNS
+            cache.stop = cache.end + steps + -(cache.end + steps) % COLUMNS
+
+        # 4. decode
+        for _ in range(steps):
+            graphs.run((size, cache.begin, cache.stop))
+            if static:
+                cache.end += 1
+    tokens, logprobs, lengths = rows.tokens.tolist(), rows.logprobs.tolist(), rows.lengths.tolist()
+    return [Completion(tokens[i][:n], logprobs[i][:n], truncated=tokens[i][n - 1] not in eos_ids)
+            for i, n in enumerate(lengths[:-1])]
 
 
 def prefill(model, prompts: list[tuple[int, ...]]):
-    """Reads U prompts in one forward pass; yields their keys, values (L, K, T, E) and logits (V,) after the last token.
+    """Reads U prompts; yields each with its keys, values (L, K, T, E) and the logits (V,) after its last token.
 
     Rows are padded on the right, where causal attention lets no prompt token see the padding.
     """
     weight = model.lm_head.weight
-    input_ids = pad_rows([list(prompt) for prompt in prompts], 0, dtype=torch.long, device=weight.device)  # (U, T)
-    cache = KVCache(model.config, *input_ids.shape, device=weight.device, dtype=weight.dtype)
-    hidden = model.hidden(input_ids, cache=cache)  # (U, T, D)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=weight.device)
-    logits = model.lm_head(hidden[torch.arange(len(prompts), device=weight.device), last])  # (U, V)
-    for u, prompt in enumerate(prompts):
-        yield cache.keys[:, u, :, :len(prompt)], cache.values[:, u, :, :len(prompt)], logits[u]
+    for group in micro_batches([len(prompt) for prompt in prompts], PREFILL_TOKENS):
+        rows = [list(prompts[i]) for i in group]
+        input_ids = pad_rows(rows, 0, dtype=torch.long, device=weight.device)  # (U, T)
+        cache = KVCache(model.config, *input_ids.shape, device=weight.device, dtype=weight.dtype)
+        hidden = model.hidden(input_ids, cache=cache)  # (U, T, D)
+        last = torch.tensor([len(row) - 1 for row in rows], device=weight.device)
+        logits = model.lm_head(hidden[torch.arange(len(rows), device=weight.device), last])  # (U, V)
+        for u, row in enumerate(rows):
+            yield tuple(row), (cache.keys[:, u, :, :len(row)], cache.values[:, u, :, :len(row)], logits[u])

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, token_logprobs
-from model import Model, check_device, init_weights, load
+from directories import check_device
+from model import Model, init_weights, load
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
                         read_jsonl, read_run_config, rewind_log, save_checkpoint)
 
@@ -132,8 +133,8 @@ def completion_losses(model, examples, config: Config):
     for group in micro_batches(lengths, config.micro_batch_tokens):
         prompts, completions = [examples[i][0] for i in group], [examples[i][1] for i in group]
         input_ids, mask = pad_batch(prompts, completions, device=config.device)  # (B, T), (B, T-1)
-        logprobs, _ = token_logprobs(model, input_ids)  # (B, T-1)
-        yield -(logprobs * mask).sum(), int(mask.sum())
+        logprobs, _ = token_logprobs(model, input_ids, mask)  # (B, T-1)
+        yield -logprobs.sum(), int(mask.sum())
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
     python train_countdown.py                    # 2 CPU cores: 5 minutes, held-out pass@1 from about 35% to over 90%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
+    python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
+    torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
 
 The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
@@ -21,21 +23,26 @@ Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens.
 import math
 import random
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import distributed
 import evaluate
 from batching import micro_batches, pad_batch, pad_rows, token_logprobs
 from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
-from model import load
+from memory import check_fits
+from model import DTYPES, add_lora, check_dtype, load, merged, without_lora
+from optimizer import MasterAdamW
 from plots import plot_run
+from presets import PRESETS
 from rewards import ONLY_IN, reward
-from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
-                        read_jsonl, read_run_config, rewind_log, save_checkpoint)
+from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint,
+                        out_of_memory_exits, parse_config, read_jsonl, rewind_log, save_checkpoint)
 from sampling import complete
 
 
@@ -67,19 +74,27 @@ class Config:
     format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
     language_weight: float = 0.0     # reward for the share of words in --language; R1's second stage adds it with 1
     language: str = "en"             # the language that consistency is measured against
-    micro_batch_tokens: int = 4096   # tokens per training pass, padding included; memory and speed, never the loss
+    micro_batch_tokens: int = 2048   # tokens per training pass, padding included; memory and speed, never the loss
+    slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
+    dtype: str = "float32"           # what the model computes in: float32, or bfloat16 with fp32 master weights
+    activation_checkpointing: bool = False  # keep a block's input only, compute the rest again in the backward pass
+    offload_optimizer: bool = False  # master weights and AdamW's moments in host memory
+    lora_rank: int = 0               # train adapters of this rank on a frozen model (LoRA); 0: all weights
+    lora_alpha: float = 32.0         # their scale is lora_alpha / lora_rank
+    fsdp: bool = False               # with torchrun: split weights, gradients and optimizer over the GPUs (FSDP2)
     eval_every: int = 20             # steps between evaluations on held-out puzzles
     eval_n: int = 512                # held-out puzzles per evaluation, one sample each
     save_every: int = 20             # steps between checkpoints
     sample_every: int = 5            # steps between samples on the screen
     seed: int = 0                    # puzzles and sampling
-    device: str = "cpu"              # cpu or cuda
+    device: str = "cpu"              # cpu or cuda; under torchrun each process takes its own GPU
 
     def __post_init__(self):
         check_task(self.level, self.style)
         if self.average not in ("token", "sequence", "constant"):
             raise ValueError(f"got average {self.average!r}, expected token, sequence or constant")
-        for name in ("steps", "batch_size", "max_new_tokens", "temperature", "learning_rate", "inner_epochs",
+        check_dtype(self.dtype)
+        for name in ("steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate", "inner_epochs",
                      "micro_batch_tokens", "clip_norm", "eval_every", "eval_n", "save_every", "sample_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
@@ -98,27 +113,43 @@ class Config:
             nearest = min(divisors, key=lambda g: abs(g - self.group_size))
             raise ValueError(f"got group_size {self.group_size}, which must divide batch_size {self.batch_size}; "
                              f"try {nearest}")
+        if self.lora_rank < 0 or self.lora_rank and (self.fsdp or self.ref_every):
+            raise ValueError(f"got lora_rank {self.lora_rank}, expected at least 0, and without --fsdp (adapters are too "
+                             "small to split) and --ref-every (the frozen model is the reference)")
+        if self.fsdp and self.offload_optimizer:
+            raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
         if not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.kl_coef < 0 or self.ref_every < 0:
             raise ValueError("expected clip_low within (0, 1), clip_high above 0, kl_coef and ref_every of at least 0")
+
+
+# what may change when a run is resumed, since it changes memory and speed and not the algorithm
+CHANGEABLE = ("micro_batch_tokens", "slots", "activation_checkpointing", "device")
+
+
+@contextmanager
+def sampling_weights(model):
+    """The policy as it samples: adapters merged into the weights, weights that are split over GPUs put together."""
+    with distributed.whole_weights(model) as whole, merged(whole):
+        yield whole
 
 
 def measure(model, tokenizer, config: Config) -> dict:
     """Held-out pass@1 and looks of the policy as it samples: the same puzzles and random numbers every time."""
     table, _ = evaluate.evaluate(model, tokenizer, evaluate.Config(
         level=config.level, style=config.style, n=config.eval_n, temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens, language=config.language))
+        max_new_tokens=config.max_new_tokens, slots=config.slots, language=config.language))
     return {f"eval_{name}": value for name, value in table.items()}
 
 
 @torch.no_grad()
-def score(model, batch: list[tuple], config: Config):
+def score(model, batch: list[tuple], config: Config, device):
     """Log-probs of a batch's completions under a model that does not train, as rows like the sampler's."""
     rows: list = [None] * len(batch)
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
     for group in micro_batches(lengths, config.micro_batch_tokens):
         prompts, completions = [batch[i][0] for i in group], [batch[i][1].token_ids for i in group]
-        input_ids, _ = pad_batch(prompts, completions, device=config.device)  # (B, T)
-        logprobs, _ = token_logprobs(model, input_ids, config.temperature)  # (B, T-1)
+        input_ids, mask = pad_batch(prompts, completions, device=device)  # (B, T), (B, T-1)
+        logprobs, _ = token_logprobs(model, input_ids, mask, config.temperature)  # (B, T-1)
         for row, i in enumerate(group):
             start = len(batch[i][0]) - 1
             rows[i] = logprobs[row, start:start + len(batch[i][1].token_ids)].tolist()
@@ -131,17 +162,24 @@ def aligned(values: list[list[float]], prompt_ids: list[list[int]], device):
     return pad_rows(rows, 0.0, dtype=torch.float32, device=device)
 
 
+@out_of_memory_exits("lower --micro-batch-tokens (if it was training) or --slots (if it was sampling), or add "
+                     "--activation-checkpointing; the last checkpoint is whole, and --resume RUN takes these flags too")
 def main() -> None:
-    config = parse_config(Config, __doc__)
+    config = parse_config(Config, __doc__, presets=PRESETS, changeable=CHANGEABLE)
 
     # 0. model, run folder, optimizer; everything that can be wrong with the input is said here
     with bad_input_exits():
+        device = distributed.start(config.device)  # under torchrun: this process's GPU
+        first_rank, state = distributed.rank() == 0, None
+        dtype = DTYPES[config.dtype]
+        check_fits(config, world_size=distributed.world_size())
+        distributed.share(config.batch_size // config.group_size)  # are there prompts for every process?
+        settings = dict(dtype=torch.float32 if config.fsdp else dtype, device=device)  # FSDP's shards are the masters
         if config.resume:
-            run, config = Path(config.resume), read_run_config(config.resume, Config)
-            model, tokenizer, state = load_checkpoint(run, device=config.device)
-        else:
-            model, tokenizer = load(config.model, device=config.device)
-            state = None
+            run = Path(config.resume)
+            model, tokenizer, state = load_checkpoint(run, **settings)
+        if not config.resume or config.lora_rank:  # a checkpoint has the adapters merged; they belong on the first model
+            model, tokenizer = load(config.model, **settings)
         puzzles = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
         prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
         longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
@@ -149,49 +187,72 @@ def main() -> None:
             raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
                              f"together more than the model's context of {model.config.context}; "
                              "lower --max-new-tokens")
-        ref_model = load(config.model, device=config.device)[0] if config.kl_coef else None
+        ref_model = None  # with LoRA the frozen model is the reference
+        if config.kl_coef and not config.lora_rank:
+            ref_model = load(config.model, dtype=dtype, device=device)[0]
         if state is None:
-            run = create_run(config.out, config)
-    print(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
-                                  weight_decay=config.weight_decay)
+            run = create_run(config.out, config) if first_rank else Path(config.out)
+    if first_rank:
+        print(config)
+    model.activation_checkpointing = config.activation_checkpointing
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    if config.fsdp:
+        distributed.shard(model, dtype=dtype)
+    optimizer = MasterAdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+                            weight_decay=config.weight_decay, offload=config.offload_optimizer)
     step, minutes = 0, 0.0
     if state:
         step, minutes = state["step"], state["minutes"]
+        model.load_state_dict(state["adapters"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         if ref_model and state["ref_model"]:
             ref_model.load_state_dict(state["ref_model"])
-        with bad_input_exits():
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                rewind_log(run / name, step)
+        if first_rank:
+            with bad_input_exits():
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    rewind_log(run / name, step)
     stop, started = StopRequest(), time.time() - 60 * minutes
 
     def checkpoint() -> None:
-        save_checkpoint(run, model, tokenizer, {
-            "step": step, "minutes": (time.time() - started) / 60, "optimizer": optimizer.state_dict(),
-            "ref_model": ref_model.state_dict() if ref_model and config.ref_every else None})
+        adapters = {name: p.detach() for name, p in model.named_parameters() if config.lora_rank and p.requires_grad}
+        with merged(model):
+            save_checkpoint(run, model, tokenizer, {
+                "step": step, "minutes": (time.time() - started) / 60, "optimizer": optimizer.state_dict(),
+                "adapters": adapters,
+                "ref_model": ref_model.state_dict() if ref_model and config.ref_every else None})
+
+    def evaluation() -> dict:
+        with sampling_weights(model) as policy:
+            table = measure(policy, tokenizer, config) if first_rank else {}
+            distributed.barrier()  # the others wait
+        return table
 
     if not state:
-        before = measure(model, tokenizer, config)
-        append_jsonl(run / "metrics.jsonl", {"step": 0, **before})
+        before = evaluation()
+        if first_rank:
+            append_jsonl(run / "metrics.jsonl", {"step": 0, **before})
+            print(f"step 0: held-out pass@1 {before['eval_pass@1']:.1%}, "
+                  f"{before['eval_completion_tokens']:.0f} tokens a completion")
         checkpoint()
-        print(f"step 0: held-out pass@1 {before['eval_pass@1']:.1%}, "
-              f"{before['eval_completion_tokens']:.0f} tokens a completion")
-    bar = tqdm(total=config.steps, initial=step, desc="grpo")
+    bar = tqdm(total=config.steps, initial=step, desc="grpo", disable=not first_rank)
     while step < config.steps:
         step_started = time.time()
 
-        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones
+        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones. Of several
+        #    processes each takes its share: from here to the gather, P and B are this process's own
         rng = random.Random(f"{config.seed}, {step}")
         puzzles = [sample_puzzle(rng, config.level, held_out=False)
                    for _ in range(config.batch_size // config.group_size)]  # P
-        puzzles = [puzzle for puzzle in puzzles for _ in range(config.group_size)]  # B
+        share = distributed.share(len(puzzles))
+        puzzles = [puzzles[i] for i in share for _ in range(config.group_size)]  # B
         prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]  # B
 
         # 2. rollouts: G completions of each prompt, with the log-probs of the policy that sampled them
-        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-                                                  temperature=config.temperature, seed=rng.getrandbits(32))
-        num_tokens = sum(len(completion.token_ids) for completion in completions)
+        with sampling_weights(model) as policy:
+            prompt_ids, completions, texts = complete(
+                policy, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                seed=rng.getrandbits(32), first_index=share.start * config.group_size, slots=config.slots)
         sampled = time.time()
         if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
             fail(f"got log-probs of nan at step {step + 1}, expected finite ones: the weights are broken; the checkpoint "
@@ -210,33 +271,43 @@ def main() -> None:
                    if (config.kl_coef or not equal_groups[i // config.group_size])
                    and not (config.drop_truncated and completion.truncated)]
         batch, advantages = [(prompt_ids[i], completions[i]) for i in trained], advantages.flatten()[trained]
+        all_rollouts = distributed.gather(list(zip(texts, completions, parts, strict=True)))  # of all processes
+        all_texts, all_completions, all_parts = zip(*all_rollouts)
+        num_tokens = sum(len(completion.token_ids) for completion in all_completions)
 
         # 5. the same tokens under ref_policy, for the KL
-        ref_rows = score(ref_model, batch, config) if ref_model else None
+        ref_rows = None
+        if config.kl_coef:
+            with without_lora(model):
+                ref_rows = score(ref_model or model, batch, config, device)
 
-        # 6. update: one optimizer step per inner epoch, summed over micro-batches, divided by the whole step's tokens
-        #    (or completions)
-        kept = [completion for completion in completions if not (config.drop_truncated and completion.truncated)]
+        # 6. update: one optimizer step per inner epoch, summed over micro-batches and processes, divided by the whole
+        #    step's tokens (or completions)
+        kept = [completion for completion in all_completions if not (config.drop_truncated and completion.truncated)]
         divisor = sum(len(c.token_ids) for c in kept) if config.average == "token" else len(kept)
         decay = 1 - (1 - config.final_lr) * step / config.steps
         learning_rate = config.learning_rate * min((step + 1) / config.warmup_steps, decay)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
+        groups = micro_batches(lengths, config.micro_batch_tokens)
+        trained_tokens = distributed.sum_over_ranks({"": sum(len(c.token_ids) for _, c in batch)})[""]
         for epoch in range(config.inner_epochs):
-            sums = {"loss": 0.0, "entropy": 0.0, "gap": 0.0, "max_gap": 0.0}
-            for rows in micro_batches(lengths, config.micro_batch_tokens):
+            sums = {"loss": 0.0, "entropy": 0.0, "gap": 0.0}
+            max_gap = 0.0
+            distributed.even_passes(model, len(groups))
+            for rows in groups:
                 row_prompts, row_completions = zip(*(batch[i] for i in rows))
                 input_ids, mask = pad_batch(row_prompts, [completion.token_ids for completion in row_completions],
-                                            device=config.device)  # (B, T), (B, T-1)
+                                            device=device)  # (B, T), (B, T-1)
                 old_logprobs = aligned([completion.logprobs for completion in row_completions], row_prompts,
-                                       config.device)  # (B, T-1)
-                ref_logprobs = aligned([ref_rows[i] for i in rows], row_prompts, config.device) if ref_rows else None
+                                       device)  # (B, T-1)
+                ref_logprobs = aligned([ref_rows[i] for i in rows], row_prompts, device) if ref_rows else None
                 weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)  # (B, T-1)
 
-                logprobs, entropy = token_logprobs(model, input_ids, config.temperature, with_entropy=True)
+                logprobs, entropy = token_logprobs(model, input_ids, mask, config.temperature, with_entropy=True)
                 loss, stats = grpo_loss(
-                    logprobs, old_logprobs, advantages[rows].to(config.device), weights, num_tokens=divisor,
+                    logprobs, old_logprobs, advantages[rows].to(device), weights, num_tokens=divisor,
                     clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=ref_logprobs,
                     kl_coef=config.kl_coef)
                 loss.backward()
@@ -245,56 +316,67 @@ def main() -> None:
                 sums["loss"] += loss.item()
                 sums["entropy"] += (entropy * mask).sum().item()
                 sums["gap"] += gap.sum().item()
-                sums["max_gap"] = max(sums["max_gap"], gap.max().item())
+                max_gap = max(max_gap, gap.max().item())
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if not torch.isfinite(norm):
-                if epoch == 0:  # later, the policy is in the middle of a step, and the last checkpoint is the good one
-                    checkpoint()
-                fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights "
-                     f"are in {run / 'checkpoint'}. Lower --learning-rate or --clip-norm")
-            optimizer.step()
-            optimizer.zero_grad()
+            sums, max_gap = distributed.sum_over_ranks(sums), distributed.max_over_ranks(max_gap)
+            norm = 0.0
+            if trained_tokens:  # else nobody has a gradient
+                distributed.sum_gradients(optimizer.gradients())
+                norm = optimizer.clip(config.clip_norm)
+                if not math.isfinite(norm):
+                    if epoch == 0:  # later, the policy is in the middle of a step: the last checkpoint is the good one
+                        checkpoint()
+                    fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good "
+                         f"weights are in {run / 'checkpoint'}. Lower --learning-rate or --clip-norm")
+                optimizer.step()
             if epoch == 0:
-                first = sums
+                first, first_max_gap = sums, max_gap
         step += 1
         if ref_model and config.ref_every and step % config.ref_every == 0:
-            ref_model.load_state_dict(model.state_dict())
+            with sampling_weights(model) as policy:
+                ref_model.load_state_dict(policy.state_dict())
 
         # 7. log, evaluate, print a sample, save
         seconds = time.time() - step_started
-        trained_tokens = max(1, sum(len(completion.token_ids) for _, completion in batch))
-        row = {"step": step, "reward": rewards.mean().item(),
-               "accuracy": sum(part["accuracy"] for part in parts) / len(parts),
-               **evaluate.describe(texts, completions, config.language),
-               "equal_groups": equal_groups.float().mean().item(), "entropy": first["entropy"] / trained_tokens,
-               "logprob_gap": first["gap"] / trained_tokens, "logprob_gap_max": first["max_gap"],
-               "loss": sums["loss"], **{name: sums[name] / trained_tokens for name in sums if name in
+        equal_share = distributed.gather(equal_groups.tolist())
+        row = {"step": step, **{name: sum(part[name] for part in all_parts) / len(all_parts)
+                                for name in ("reward", "accuracy")},
+               **evaluate.describe(all_texts, all_completions, config.language),
+               "equal_groups": sum(equal_share) / len(equal_share), "entropy": first["entropy"] / max(1, trained_tokens),
+               "logprob_gap": first["gap"] / max(1, trained_tokens), "logprob_gap_max": first_max_gap,
+               "loss": sums["loss"], **{name: sums[name] / max(1, trained_tokens) for name in sums if name in
                                         ("ratio", "clip_frac", "k1_kl_old", "k3_kl_ref")},
-               "gradient_norm": norm.item(), "learning_rate": learning_rate, "tokens": num_tokens, "seconds": seconds,
+               "gradient_norm": norm, "learning_rate": learning_rate, "tokens": num_tokens, "seconds": seconds,
                "sampling_seconds": sampled - step_started, "tokens_per_second": num_tokens / seconds}
         bar.update()
         bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row['accuracy']:.0%}",
                         length=f"{row['completion_tokens']:.0f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
-        if step % config.sample_every == 0 or step == 1:
+        if first_rank and (step % config.sample_every == 0 or step == 1):
             sample = {"step": step, "prompt": prompts[0], "completion": texts[0], **parts[0]}
             append_jsonl(run / "samples.jsonl", sample)
             tqdm.write(f"--- step {step}, reward {parts[0]['reward']:.2f}")
             tqdm.write(prompts[0].removesuffix("<think>") + texts[0] + "\n")
         if step % config.eval_every == 0 or step == config.steps:
-            row |= measure(model, tokenizer, config)
-            tqdm.write(f"step {step}: held-out pass@1 {row['eval_pass@1']:.1%}, "
-                       f"{row['eval_completion_tokens']:.0f} tokens a completion")
-        append_jsonl(run / "metrics.jsonl", row)
-        if step % config.save_every == 0 or step == config.steps or stop.requested:
+            row |= evaluation()
+        if first_rank:
+            if "eval_pass@1" in row:
+                tqdm.write(f"step {step}: held-out pass@1 {row['eval_pass@1']:.1%}, "
+                           f"{row['eval_completion_tokens']:.0f} tokens a completion")
+            append_jsonl(run / "metrics.jsonl", row)
+        stopping = distributed.any_rank(stop.requested)
+        if step % config.save_every == 0 or step == config.steps or stopping:
             checkpoint()
-        if stop.requested and step < config.steps:
+        if stopping and step < config.steps:
             bar.close()
-            print(f"stopped after step {step}; continue with: python train_countdown.py --resume {run}")
+            if first_rank:
+                print(f"stopped after step {step}; continue with: python train_countdown.py --resume {run}")
             raise SystemExit(130)
     bar.close()
 
+    distributed.stop()
+    if not first_rank:
+        return
     metrics = read_jsonl(run / "metrics.jsonl")
     plot_run(run)
     after = metrics[-1]

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import corpus
-from model import KVCache, Model, end_tokens, init_weights, load, replace_directory, save
+from directories import replace_directory
+from kv_cache import KVCache
+from model import Model, end_tokens, init_weights, load, save
 
 SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
@@ -140,12 +142,12 @@ def filled_cache(rows: int):
     return cache
 
 
-def test_keep_rows_moves_the_named_rows_together():
+def test_shrink_puts_the_last_rows_into_the_places_of_stopped_ones():
     cache = filled_cache(rows=4)
-    cache.keep_rows(torch.tensor([1, 3]))
+    cache.shrink(2, holes=[0], movers=[3])
     assert cache.keys.shape == (2, 2, 2, 9, 8)  # (L, B, K, S, E)
     for layer, head in ((0, 0), (1, 1)):
-        assert cache.keys[layer, :, head, 2:8, 0].tolist() == [[12, 13, 14, 15, 16, 17], [32, 33, 34, 35, 36, 37]]
+        assert cache.keys[layer, :, head, 2:8, 0].tolist() == [[32, 33, 34, 35, 36, 37], [12, 13, 14, 15, 16, 17]]
         assert (cache.values == -cache.keys)[layer, :, head, 2:8].all()
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import corpus
 import sampling
 from batching import pad_batch, token_logprobs
-from model import KVCache, Model, init_weights, save
+from kv_cache import KVCache
+from model import Model, init_weights, save
 from sampling import Completion, choose_tokens, complete, sample
 
 V, EOS = 16, {3}
@@ -63,13 +64,15 @@ def assert_same(completions, expected):
 # ------------------------------------------------------------------------------------------------------ the same tokens
 
 
+@pytest.mark.parametrize("static", (False, True), ids=("plain", "static"))
 @pytest.mark.parametrize("slots", (1, 3, 12, 256))
 @pytest.mark.parametrize("eos_ids", ({3}, {3, 4, 5, 6}, set(range(10))), ids=("long", "short", "most stop at once"))
-def test_slots_change_neither_tokens_nor_logprobs(model, slots, eos_ids):
+def test_slots_change_neither_tokens_nor_logprobs(model, slots, eos_ids, static):
     """12 prompts of 2 to 9 tokens: rows wait, share a batch, are moved together, and still write what each would write
     alone."""
     expected = plain(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7)
-    assert_same(sample(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7, slots=slots), expected)
+    assert_same(sample(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7, slots=slots, static=static),
+                expected)
 
 
 def test_a_late_long_prompt_survives_when_its_row_is_moved(model):
@@ -109,7 +112,7 @@ def test_the_cache_is_shifted_when_its_cursor_reaches_the_end(model, monkeypatch
     finds its room to the left of the cursor."""
     shifts, shift_left = [], KVCache.shift_left
     monkeypatch.setattr(KVCache, "shift_left", lambda cache, n: shifts.append(n) or shift_left(cache, n))
-    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[4]] * 14  # 2, 3 and 9 tokens
+    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[4]] * 28  # 2, 3 and 9 tokens
     settings = dict(max_new_tokens=10, eos_ids={3, 4, 5, 6, 7, 8}, seed=3)
     assert_same(sample(model, prompts, slots=slots, **settings), plain(model, prompts, **settings))
     assert len(shifts) > 1 and min(shifts) > 0
@@ -138,7 +141,7 @@ def test_logprobs_are_those_that_the_trainer_computes(model, temperature, top_p)
                          slots=5)
     input_ids, mask = pad_batch(PROMPTS, tokens_of(completions))
     with torch.no_grad():
-        logprobs, _ = token_logprobs(model, input_ids, temperature)
+        logprobs, _ = token_logprobs(model, input_ids, mask, temperature)
     for row, completion in enumerate(completions):
         assert logprobs[row][mask[row] > 0].tolist() == pytest.approx(completion.logprobs, abs=1e-4)
 

@@ -1,0 +1,112 @@
+"""What a run needs in memory, estimated from the shapes alone, before a weight is read; and what would make it fit.
+
+    python memory.py --preset gpu-24gb                     # the table of a preset
+    python memory.py --model Qwen/Qwen2.5-3B --dtype bfloat16 --lora-rank 16
+
+The peak is the weights and the optimizer, which are always there, plus the larger of two phases: sampling (the KV
+cache) and training (gradients, activations, a chunk of logits).
+
+Letters as in model.py; I is the width inside the MLP, N the parameters.
+"""
+
+import dataclasses
+import os
+
+import torch
+
+from batching import LOGITS_AT_ONCE
+from directories import find_directory, read_hf_config
+from model import FAMILIES, Linear, Model
+
+GIB = 2 ** 30
+SPARE = 0.08  # share of the device left to the CUDA context, kernels' workspaces and fragmentation
+
+
+def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1) -> dict[str, float]:
+    """Bytes by purpose, on one device, and "host" in host memory. config: the fields of train_countdown.Config."""
+    with torch.device("meta"):
+        model = Model(hf_config)
+    c, size = model.config, 2 if config.dtype == "bfloat16" else 4
+    weights = sum(p.numel() for p in model.parameters())
+    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in model.modules() if isinstance(m, Linear))
+    trained = adapters if config.lora_rank else weights
+    own_master = config.dtype == "float32" and not config.offload_optimizer
+    state = trained * (8 + (0 if own_master else 4))  # AdamW's two moments, and the fp32 masters
+
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    # what autograd keeps of a layer, counted with saved_tensors_hooks: test_memory.py counts again
+    layer = size * (8 * c.hidden_size + 4 * c.intermediate_size + (14 if c.qk_norm else 7) * heads)
+    inputs = size * c.hidden_size
+    kept = c.num_layers * inputs + layer if config.activation_checkpointing else c.num_layers * layer
+    chunk = min(LOGITS_AT_ONCE, config.micro_batch_tokens * c.vocab_size)
+
+    columns = 1.25 * (prompt_tokens + config.max_new_tokens)
+    rows = min(config.slots, config.batch_size)
+    column = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
+    shards = world_size if config.fsdp else 1
+    parts = {
+        "weights": (weights + adapters) * size + (weights * 4 / shards if config.fsdp else 0),
+        "reference": weights * size if config.kl_coef and not config.lora_rank else 0,
+        "optimizer": 0 if config.offload_optimizer else state / shards,
+        "KV cache": rows * columns * column + 4 * rows * c.vocab_size * 4,
+        "gradients": 4 * trained / shards,
+        "activations": config.micro_batch_tokens * kept,
+        "logits": 4 * chunk * 4,  # logits, log_softmax, their gradient, and a temporary
+    }
+    parts["peak"] = (parts["weights"] + parts["reference"] + parts["optimizer"] + max(
+        parts["KV cache"], parts["gradients"] + parts["activations"] + parts["logits"]))
+    parts["host"] = (state if config.offload_optimizer else 0) + (weights * size if config.lora_rank else 0)
+    if not config.device.startswith("cuda"):
+        parts["peak"] += parts["host"]  # it is the same memory
+    return parts
+
+
+def available(device: str) -> float:
+    """Bytes of the device that a run may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory * (1 - SPARE)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - SPARE)
+
+
+REMEDIES = ({"dtype": "bfloat16"}, {"activation_checkpointing": True}, {"micro_batch_tokens": 4096},
+            {"offload_optimizer": True}, {"slots": 64}, {"slots": 16}, {"lora_rank": 16})  # least painful first
+
+
+def check_fits(config, *, world_size: int = 1) -> None:
+    """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large."""
+    hf_config, limit = read_hf_config(find_directory(config.model), FAMILIES), available(config.device)
+    parts = estimate(hf_config, config, world_size=world_size)
+    if parts["peak"] <= limit:
+        return
+    smaller, peak = config, parts["peak"]
+    for remedy in REMEDIES:
+        candidate = dataclasses.replace(smaller, **remedy)
+        candidate_peak = estimate(hf_config, candidate, world_size=world_size)["peak"]
+        if candidate_peak < peak and peak > limit:
+            smaller, peak = candidate, candidate_peak
+    changed = {name: value for name, value in dataclasses.asdict(smaller).items() if value != getattr(config, name)}
+    flags = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                     for name, value in changed.items())
+    advice = f"with {flags} it needs about {peak / GIB:.1f} GiB" if peak <= limit else (
+        f"even with {flags} it needs about {peak / GIB:.1f} GiB; use a smaller model, or --fsdp on more GPUs")
+    raise ValueError(f"got {config.model}, which needs about {parts['peak'] / GIB:.1f} GiB ({describe(parts)}), expected "
+                     f"at most the {limit / GIB:.1f} GiB that {config.device} has to give; {advice}")
+
+
+def describe(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if name != "peak" and value > GIB / 20)
+
+
+def main() -> None:
+    from run_folder import bad_input_exits, parse_config
+    from presets import PRESETS
+    from train_countdown import Config
+    config = parse_config(Config, __doc__, presets=PRESETS)
+    with bad_input_exits():
+        parts = estimate(read_hf_config(find_directory(config.model), FAMILIES), config)
+    for name, value in parts.items():
+        print(f"{name:>12} {value / GIB:8.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
