@@ -32,7 +32,7 @@ def start(device: str) -> str:
 
     Raises ValueError for more processes than GPUs.
     """
-    if "WORLD_SIZE" not in os.environ:  # not started by torchrun
+    if "LOCAL_RANK" not in os.environ:  # not started by torchrun
         return device
     check_device(device)
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])  # on this machine

@@ -16,7 +16,7 @@ import torch
 
 from batching import LOGITS_AT_ONCE
 from directories import find_directory, read_hf_config
-from model import FAMILIES, Linear, Model
+from model import FAMILIES, Model, lora_layers
 
 GIB = 2 ** 30
 SPARE = 0.08  # share of the device left to the CUDA context, kernels' workspaces and fragmentation
@@ -28,7 +28,7 @@ def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1
         model = Model(hf_config)
     c, size = model.config, 2 if config.dtype == "bfloat16" else 4
     weights = sum(p.numel() for p in model.parameters())
-    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in model.modules() if isinstance(m, Linear))
+    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in lora_layers(model))
     trained = adapters if config.lora_rank else weights
     own_master = config.dtype == "float32" and not config.offload_optimizer
     state = trained * (8 + (0 if own_master else 4))  # AdamW's two moments, and the fp32 masters

@@ -78,14 +78,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.floor=torch.tensor((size*eps)**0.5,device='cpu')
+        self.floor = torch.tensor((size * eps) ** 0.5, device="cpu")
 
     def forward(self, x):
-        if torch.is_grad_enabled() or not x.is_cpu:
-            return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        n=x.shape[-1]
-        norm=torch.hypot(torch.linalg.vector_norm(x.float(),dim=-1,keepdim=True),self.floor)
-        return (x/norm).to(x.dtype)*(self.weight*n**0.5)
+        if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # the same, x sqrt(D) / sqrt(|x|^2 + D eps), in half as many kernels: they are what a decoding step waits for
+            norm = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+            return x / norm * (self.weight * x.shape[-1] ** 0.5)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -96,7 +96,14 @@ class Linear(nn.Linear):
         self.lora_a = self.lora_b = None
 
     def forward(self, x):
-        y = super().forward(x)
+        rows, wide = x.numel() // x.shape[-1], self.out_features > self.in_features
+        if rows <= (8 if wide else 4) and self.weight.numel() > 2 ** 18 and x.is_cpu and not torch.is_grad_enabled():
+            # a CPU reads a large matrix 2 to 6 times faster for W X^T than for X W^T when X has 2 to 8 rows, or 1 doubled
+            columns = x.reshape(rows, -1).repeat(1 + (rows == 1), 1).t()  # (in, rows)
+            y = torch.mm(self.weight, columns).t()[:rows].reshape(*x.shape[:-1], self.out_features)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = super().forward(x)
         if self.lora_a is None or not self.adapted:
             return y
         return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
@@ -201,7 +208,7 @@ class Model(nn.Module):
             "embed_tokens": nn.Embedding(self.config.vocab_size, self.config.hidden_size),
             "layers": nn.ModuleList(Block(self.config) for _ in range(self.config.num_layers)),
             "norm": RMSNorm(self.config.hidden_size, self.config.norm_eps)})
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         if self.config.tied_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         cos, sin = rotary_tables(self.config)
@@ -261,7 +268,7 @@ def add_lora(model: Model, rank: int, alpha: float, seed: int) -> None:
 
 
 def lora_layers(model: Model) -> list[Linear]:
-    return [module for module in model.modules() if isinstance(module, Linear)]
+    return [module for module in model.model["layers"].modules() if isinstance(module, Linear)]
 
 
 @contextmanager

@@ -16,6 +16,18 @@ from torch.distributed.tensor import DTensor
 from distributed import load_optimizer
 
 
+@torch.no_grad()
+def clip_gradients(gradients: list[torch.Tensor], max_norm: float) -> float:
+    """Scales the gradients to this norm at most, in place -> the norm before, over all and, under FSDP, all shards."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient *= scale
+    return norm.item()
+
+
 class MasterAdamW:
     """AdamW over the parameters that require gradients. param_groups is AdamW's own (learning rate)."""
 
@@ -51,17 +63,6 @@ class MasterAdamW:
             elif parameter not in self.sums:
                 self.sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
         return [p.grad if p.dtype == torch.float32 else self.sums[p] for p in self.parameters]
-
-    def clip(self, max_norm: float) -> float:
-        """Scales the gradients to this norm at most -> the norm before, over all of them and, under FSDP, all shards."""
-        gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient *= scale
-        return norm.item()
 
     @torch.no_grad()
     def step(self) -> None:

@@ -9,12 +9,13 @@ import argparse
 import glob
 import json
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-from matplotlib.ticker import PercentFormatter  # noqa: E402
+from matplotlib.ticker import LogLocator, PercentFormatter  # noqa: E402
 
 PANELS = (  # title, metric of the training completions, held-out metric or None, share (drawn from 0 to 1) or not
     ("accuracy", "accuracy", "eval_pass@1", True),
@@ -81,6 +82,36 @@ def plot_lines(lines: dict[str, list[list[dict]]], out) -> Path:
 def plot_run(run) -> Path:
     """RUN/curve.png."""
     return plot_lines({Path(run).name: [read_metrics(run)]}, Path(run) / "curve.png")
+
+
+def plot_growth(growth: dict, out, title: str) -> Path:
+    """Two panels of completion tokens per second: against sequences at a time, and against the completions' length.
+
+    growth is {"batch" and "length": {sampler: {x: speeds}}}, as benchmark.py measures it. Medians and ranges.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
+    for axis, key, label in zip(axes, ("batch", "length"), ("sequences at a time", "tokens per completion")):
+        for sampler, points in growth[key].items():
+            x, speeds = list(points), list(points.values())
+            axis.fill_between(x, list(map(min, speeds)), list(map(max, speeds)), alpha=0.2)
+            axis.plot(x, list(map(median, speeds)), "o-", markersize=4, label=sampler)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(sorted(set().union(*growth[key].values())))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.minorticks_off()
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("completion tokens per second")
+    axes[0].legend(fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    return out
 
 
 def main() -> None:

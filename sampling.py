@@ -29,7 +29,6 @@ from batching import micro_batches, pad_rows
 from kv_cache import KVCache, StaticKVCache
 from model import end_tokens
 
-PREFILL_TOKENS = 16384  # prompt tokens in one forward pass
 COLUMNS = 128           # a graph's window is a multiple of this
 
 
@@ -234,7 +233,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     static = device.type == "cuda" if static is None else static
     steps = 16 if static else 1  # between two looks at which rows have stopped: a look waits for the GPU
     width = longest + max_new_tokens  # the most columns a row can need
-    columns = width + max(width // 4, steps)
+    columns = width + (max(width // 4, steps) if len(prompts) > slots else steps)
     columns += -columns % COLUMNS if static else 0
 
     rows = Rows(model, min(slots, len(prompts)), columns, len(prompts), max_new_tokens, static=static,
@@ -309,7 +308,8 @@ def prefill(model, prompts: list[tuple[int, ...]]):
     Rows are padded on the right, where causal attention lets no prompt token see the padding.
     """
     weight = model.lm_head.weight
-    for group in micro_batches([len(prompt) for prompt in prompts], PREFILL_TOKENS):
+    budget = 1024 if weight.is_cpu else 16384  # tokens in one pass; a CPU gains by less padding, a GPU by fewer passes
+    for group in micro_batches([len(prompt) for prompt in prompts], budget):
         rows = [list(prompts[i]) for i in group]
         input_ids = pad_rows(rows, 0, dtype=torch.long, device=weight.device)  # (U, T)
         cache = KVCache(model.config, *input_ids.shape, device=weight.device, dtype=weight.dtype)

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, token_logprobs
 from directories import check_device
-from model import Model, init_weights, load
+from model import DTYPES, Model, check_dtype, init_weights, load
+from optimizer import MasterAdamW, clip_gradients
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
-                        read_jsonl, read_run_config, rewind_log, save_checkpoint)
+                        read_jsonl, rewind_log, save_checkpoint)
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,18 @@ class Config:
     eval_every: int = 500                # steps between held-out losses
     save_every: int = 500                # steps between checkpoints
     seed: int = 0                        # weights from scratch, split and order of the data
+    dtype: str = "float32"               # what the model computes in: float32, or bfloat16 with fp32 master weights
+    activation_checkpointing: bool = False  # keep a block's input only, compute the rest again in the backward pass
+    offload_optimizer: bool = False      # master weights and AdamW's moments in host memory
     device: str = "cpu"                  # cpu or cuda
 
     def __post_init__(self):
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"got optimizer {self.optimizer!r}, expected adamw or muon")
+        check_dtype(self.dtype)
+        if self.optimizer == "muon" and (self.dtype != "float32" or self.offload_optimizer):
+            raise ValueError("got optimizer muon with --dtype bfloat16 or --offload-optimizer, expected fp32 on the "
+                             "device; use --optimizer adamw")
         if self.from_scratch not in ("", *TINY_MODELS):
             raise ValueError(f"got from_scratch {self.from_scratch!r}, expected one of {', '.join(TINY_MODELS)}")
         if min(self.learning_rate, self.muon_learning_rate) <= 0 or not 0 <= min(self.warmup, self.final_lr) <= 1:
@@ -107,15 +115,15 @@ def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
     return batches + [batch] if batch else batches
 
 
-def build_optimizers(model, config: Config) -> list[torch.optim.Optimizer]:
+def build_optimizers(model, config: Config) -> list:
     adamw = dict(lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), **adamw)]
+        return [MasterAdamW(model.parameters(), offload=config.offload_optimizer, **adamw)]
     matrices = [p for name, p in model.named_parameters()
                 if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
-            torch.optim.AdamW(rest, **adamw)]
+            MasterAdamW(rest, **adamw)]
 
 
 def schedule(step: int, steps: int, config: Config) -> float:
@@ -150,14 +158,14 @@ def main() -> None:
     # 1. model, data and run folder; everything that can be wrong with the input is said here
     with bad_input_exits():
         if config.resume:
-            run, config = Path(config.resume), read_run_config(config.resume, Config)
-            model, tokenizer, state = load_checkpoint(run, device=config.device)
+            run = Path(config.resume)
+            model, tokenizer, state = load_checkpoint(run, dtype=DTYPES[config.dtype])
         else:
             state = None
             model, tokenizer = (new_model(config.from_scratch, config.seed) if config.from_scratch
-                                else load(config.model))
+                                else load(config.model, dtype=DTYPES[config.dtype]))
         check_device(config.device)
-        model.to(config.device)
+        model.to(config.device).activation_checkpointing = config.activation_checkpointing
         examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
         random.Random(config.seed).shuffle(examples)
         held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
@@ -200,8 +208,9 @@ def main() -> None:
         for loss, _ in completion_losses(model, rows, config):
             (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not torch.isfinite(norm):
+        gradients = optimizers[-1].gradients() + [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
+        norm = clip_gradients(gradients, config.clip_norm)
+        if not math.isfinite(norm):
             if math.isfinite(total):  # else the weights themselves are broken, and the last checkpoint is the good one
                 checkpoint(step)
             fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights are "
@@ -217,7 +226,7 @@ def main() -> None:
         # 3. log, evaluate, save
         if step % 50 == 0:
             bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
-        row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm.item(), "lr_share": share}
+        row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm, "lr_share": share}
         if step % config.eval_every == 0 or step == len(batches):
             row["held_out_loss"] = held_out_loss(model, held_out, config)
             tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")

@@ -37,7 +37,7 @@ from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
 from memory import check_fits
 from model import DTYPES, add_lora, check_dtype, load, merged, without_lora
-from optimizer import MasterAdamW
+from optimizer import MasterAdamW, clip_gradients
 from plots import plot_run
 from presets import PRESETS
 from rewards import ONLY_IN, reward
@@ -322,8 +322,9 @@ def main() -> None:
             sums, max_gap = distributed.sum_over_ranks(sums), distributed.max_over_ranks(max_gap)
             norm = 0.0
             if trained_tokens:  # else nobody has a gradient
-                distributed.sum_gradients(optimizer.gradients())
-                norm = optimizer.clip(config.clip_norm)
+                gradients = optimizer.gradients()
+                distributed.sum_gradients(gradients)
+                norm = clip_gradients(gradients, config.clip_norm)
                 if not math.isfinite(norm):
                     if epoch == 0:  # later, the policy is in the middle of a step: the last checkpoint is the good one
                         checkpoint()

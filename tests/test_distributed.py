@@ -352,7 +352,7 @@ def test_nothing_whole_is_left_behind(two):
 
 def test_one_process_needs_no_second_path(monkeypatch):
     """Without torchrun every function leaves things as they are."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert (d.start("cpu"), d.rank(), d.world_size(), d.share(3)) == ("cpu", 0, 1, range(3))
     assert d.gather([1, 2]) == [1, 2] and d.sum_over_ranks({"a": 1.5}) == {"a": 1.5}
     assert d.max_over_ranks(2) == 2 and d.any_rank(True) and not d.any_rank(False)
