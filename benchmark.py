@@ -34,7 +34,8 @@ from pathlib import Path
 import torch
 
 from countdown import make_prompt, sample_puzzle, solve
-from model import Model, check_device, load, rotary_tables
+from directories import check_device
+from model import DTYPES, Model, load, rotary_tables
 from plots import plot_growth
 from run_folder import bad_input_exits, parse_config
 from timing import (Result, Workload, alternate, random_rows, time_continuous, time_decode, time_generate, time_matmul,
@@ -45,7 +46,6 @@ QWEN = {
     "qwen0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
     "qwen1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GROWTH = {"batch": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),  # sequences at a time, of 128 new tokens
           "length": (64, 128, 256, 512, 1024, 2048, 4096)}   # new tokens of 16 sequences
 

@@ -199,6 +199,12 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 
 
+def shortest_completion(puzzle: Puzzle) -> str:
+    """A solved puzzle in the format that rewards ask for, with nothing but the solution as its thinking."""
+    solution = solve(*puzzle)
+    return f"<think>\n{solution} = {puzzle.target}\n</think>\n<answer>{solution}</answer>"
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -210,6 +216,8 @@ def main() -> None:
     puzzles.add_argument("--n", type=int, default=10)
     puzzles.add_argument("--seed", type=int, default=0)
     puzzles.add_argument("--held-out", action="store_true", help="from the held-out side of the split; default: train")
+    puzzles.add_argument("--traces", choices=("tiny", "base"), help="print prompt and completion instead, in this "
+                         "prompt style: rows for sft.py that teach a real checkpoint the format")
     for name, text in (("solve", "find an exact solution or prove that there is none"),
                        ("prompt", "print the prompt of a puzzle")):
         sub = commands.add_parser(name, help=text)
@@ -228,7 +236,12 @@ def main() -> None:
     try:
         if args.command == "puzzles":
             for puzzle in sample_puzzles(args.n, level=args.level, held_out=args.held_out, seed=args.seed):
-                print(json.dumps({**puzzle._asdict(), "solution": solve(*puzzle)}))
+                row = {**puzzle._asdict(), "solution": solve(*puzzle)}
+                if args.traces:
+                    prompt, completion = make_prompt(puzzle, args.traces), shortest_completion(puzzle)
+                    completion = completion.removeprefix("<think>" * prompt.endswith("<think>"))
+                    row = {"prompt": prompt, "completion": completion, **row}
+                print(json.dumps(row))
         elif args.command == "solve":
             print(solve(args.numbers, args.target) or f"no solution: {args.target} cannot be made from {args.numbers}")
         elif args.command == "prompt":

@@ -1,4 +1,4 @@
-"""Model directories on disk and on the hub: found, checked, read, replaced. model.py makes a model of what they hold."""
+"""Model directories, on disk and on the hub: found, checked, read, replaced. model.py makes models of their content."""
 
 import json
 import os
@@ -57,7 +57,9 @@ def read_hf_config(directory: Path, families: tuple[str, ...]):
 def shards(directory: Path) -> list[str]:
     """The names of the weight files."""
     index = directory / "model.safetensors.index.json"
-    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def read_directory(directory: Path, families: tuple[str, ...]):

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, solve
+from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
 from model import DTYPES, check_dtype, load
 from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
                      needless_thinking, parse_expression, reflection_words, verify)
@@ -125,8 +125,7 @@ def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tup
         if style == "tiny" and len(puzzle.numbers) == 3:
             examples.append((puzzle, corpus.write_search(puzzle, "en", rng, clean)))
         else:
-            solution = solve(*puzzle)
-            examples.append((puzzle, f"<think>\n{solution} = {puzzle.target}\n</think>\n<answer>{solution}</answer>"))
+            examples.append((puzzle, shortest_completion(puzzle)))
     return examples
 
 

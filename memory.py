@@ -72,9 +72,12 @@ REMEDIES = ({"dtype": "bfloat16"}, {"activation_checkpointing": True}, {"micro_b
             {"offload_optimizer": True}, {"slots": 64}, {"slots": 16}, {"lora_rank": 16})  # least painful first
 
 
-def check_fits(config, *, world_size: int = 1) -> None:
-    """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large."""
-    hf_config, limit = read_hf_config(find_directory(config.model), FAMILIES), available(config.device)
+def check_fits(config, *, model="", world_size: int = 1) -> None:
+    """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large.
+
+    model: the directory that is read, where it is not config.model.
+    """
+    hf_config, limit = read_hf_config(find_directory(model or config.model), FAMILIES), available(config.device)
     parts = estimate(hf_config, config, world_size=world_size)
     if parts["peak"] <= limit:
         return
@@ -89,12 +92,13 @@ def check_fits(config, *, world_size: int = 1) -> None:
                      for name, value in changed.items())
     advice = f"with {flags} it needs about {peak / GIB:.1f} GiB" if peak <= limit else (
         f"even with {flags} it needs about {peak / GIB:.1f} GiB; use a smaller model, or --fsdp on more GPUs")
-    raise ValueError(f"got {config.model}, which needs about {parts['peak'] / GIB:.1f} GiB ({describe(parts)}), expected "
-                     f"at most the {limit / GIB:.1f} GiB that {config.device} has to give; {advice}")
+    raise ValueError(f"got {config.model}, which needs about {parts['peak'] / GIB:.1f} GiB ({describe(parts)}), "
+                     f"expected at most the {limit / GIB:.1f} GiB that {config.device} has to give; {advice}")
 
 
 def describe(parts: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if name != "peak" and value > GIB / 20)
+    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items()
+                     if name != "peak" and value > GIB / 20)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            # the same, x sqrt(D) / sqrt(|x|^2 + D eps), in half as many kernels: they are what a decoding step waits for
+            # the same, x sqrt(D) / sqrt(|x|^2 + D eps), in half as many kernels: a decoding step waits for those
             norm = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
             return x / norm * (self.weight * x.shape[-1] ** 0.5)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
@@ -98,7 +98,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         rows, wide = x.numel() // x.shape[-1], self.out_features > self.in_features
         if rows <= (8 if wide else 4) and self.weight.numel() > 2 ** 18 and x.is_cpu and not torch.is_grad_enabled():
-            # a CPU reads a large matrix 2 to 6 times faster for W X^T than for X W^T when X has 2 to 8 rows, or 1 doubled
+            # a CPU reads a large matrix 2 to 6 times faster for W X^T than for X W^T if X has 2 to 8 rows, or 1 doubled
             columns = x.reshape(rows, -1).repeat(1 + (rows == 1), 1).t()  # (in, rows)
             y = torch.mm(self.weight, columns).t()[:rows].reshape(*x.shape[:-1], self.out_features)
             y = y if self.bias is None else y + self.bias
@@ -203,7 +203,7 @@ class Model(nn.Module):
     def __init__(self, hf_config):
         super().__init__()
         self.hf_config, self.config = hf_config, read_config(hf_config)
-        self.activation_checkpointing = False  # keep only each block's input for the backward pass, compute the rest again
+        self.activation_checkpointing = False  # keep each block's input only, compute the rest again in the backward pass
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(self.config.vocab_size, self.config.hidden_size),
             "layers": nn.ModuleList(Block(self.config) for _ in range(self.config.num_layers)),

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from directories import replace_directory
-from distributed import barrier, full_state, rank
+from distributed import any_rank, barrier, full_state, rank
 from model import load, save
 
 
@@ -37,7 +38,7 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only flags that are given
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only flags given
     if presets:
         parser.add_argument("--preset", choices=presets, help="a named set of values; flags override them")
     hints = typing.get_type_hints(config_class)
@@ -63,7 +64,7 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
 
 def fail(message) -> typing.NoReturn:
     """One line on stderr and exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # print() would go on in the bar's line
     raise SystemExit(2) from None
 
 
@@ -106,13 +107,17 @@ class StopRequest:
 
 
 def create_run(out: str, config) -> Path:
-    """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten."""
+    """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten.
+
+    All ranks: each looks, and after that the first one makes it.
+    """
     run = Path(out)
-    if run.exists() and any(run.iterdir()):
+    if any_rank(run.exists() and any(run.iterdir())):
         raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
                               f"or continue it with --resume {run}")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run
 
 

@@ -82,7 +82,7 @@ def choose_tokens(logits, uniforms, *, temperature: float, top_p: float):
     return tokens, log_softmax.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def inverse_cdf(weights, uniforms, block: int = 1024):
+def inverse_cdf(weights, uniforms, block: int = 128):
     """weights (R, V) >= 0, uniforms (R,) -> (R,): the first index whose cumulative weight exceeds uniform * total.
 
     Sums are in float64: in float32, a sum over 150,000 tokens is off by more than a rare token's share. float64 is slow
@@ -94,9 +94,11 @@ def inverse_cdf(weights, uniforms, block: int = 1024):
         return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
 
     rows, size = weights.shape
-    if size <= block:
+    if size <= 8 * block:
         return first_above(weights, uniforms * weights.sum(-1, dtype=torch.float64))
-    blocks = F.pad(weights, (0, -size % block)).view(rows, -1, block)  # (R, V / block, block)
+    if size % block:  # the vocabularies of Qwen and Llama are multiples of 128, and are not copied
+        weights = F.pad(weights, (0, -size % block))
+    blocks = weights.view(rows, -1, block)  # (R, V / block, block)
     sums = blocks.sum(-1, dtype=torch.float64)  # (R, V / block)
     target = uniforms * sums.sum(-1)
     chosen = first_above(sums, target)[:, None]  # (R, 1)
@@ -254,8 +256,9 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         prefilled.update(prefill(model, [prompt for prompt in groups if prompt not in prefilled]))
         for prompt, group in groups.items():
             group_rows, indices = zip(*group)
-            uniforms = np.stack([np.random.default_rng([seed, first_index + i]).random(max_new_tokens) for i in indices])
-            rows.start(list(group_rows), list(indices), torch.from_numpy(uniforms), *prefilled[prompt])
+            streams = [np.random.default_rng([seed, first_index + index]) for index in indices]
+            uniforms = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
+            rows.start(list(group_rows), list(indices), uniforms, *prefilled[prompt])
             waiting[prompt] -= len(group)
             if not waiting[prompt]:
                 del prefilled[prompt]

@@ -208,7 +208,8 @@ def main() -> None:
         for loss, _ in completion_losses(model, rows, config):
             (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
             total += loss.item()
-        gradients = optimizers[-1].gradients() + [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
+        gradients = [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
+        gradients += optimizers[-1].gradients()
         norm = clip_gradients(gradients, config.clip_norm)
         if not math.isfinite(norm):
             if math.isfinite(total):  # else the weights themselves are broken, and the last checkpoint is the good one

@@ -41,8 +41,8 @@ from optimizer import MasterAdamW, clip_gradients
 from plots import plot_run
 from presets import PRESETS
 from rewards import ONLY_IN, reward
-from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint,
-                        out_of_memory_exits, parse_config, read_jsonl, rewind_log, save_checkpoint)
+from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, find_checkpoint,
+                        load_checkpoint, out_of_memory_exits, parse_config, read_jsonl, rewind_log, save_checkpoint)
 from sampling import complete
 
 
@@ -94,7 +94,8 @@ class Config:
         if self.average not in ("token", "sequence", "constant"):
             raise ValueError(f"got average {self.average!r}, expected token, sequence or constant")
         check_dtype(self.dtype)
-        for name in ("steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate", "inner_epochs",
+        for name in ("steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate",
+                     "inner_epochs",
                      "micro_batch_tokens", "clip_norm", "eval_every", "eval_n", "save_every", "sample_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
@@ -114,8 +115,8 @@ class Config:
             raise ValueError(f"got group_size {self.group_size}, which must divide batch_size {self.batch_size}; "
                              f"try {nearest}")
         if self.lora_rank < 0 or self.lora_rank and (self.fsdp or self.ref_every):
-            raise ValueError(f"got lora_rank {self.lora_rank}, expected at least 0, and without --fsdp (adapters are too "
-                             "small to split) and --ref-every (the frozen model is the reference)")
+            raise ValueError(f"got lora_rank {self.lora_rank}, expected at least 0, and without --fsdp (adapters are "
+                             "too small to split) and --ref-every (the frozen model is the reference)")
         if self.fsdp and self.offload_optimizer:
             raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
         if not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.kl_coef < 0 or self.ref_every < 0:
@@ -172,13 +173,14 @@ def main() -> None:
         device = distributed.start(config.device)  # under torchrun: this process's GPU
         first_rank, state = distributed.rank() == 0, None
         dtype = DTYPES[config.dtype]
-        check_fits(config, world_size=distributed.world_size())
+        directory = find_checkpoint(config.resume) if config.resume else config.model
+        check_fits(config, model=directory, world_size=distributed.world_size())
         distributed.share(config.batch_size // config.group_size)  # are there prompts for every process?
         settings = dict(dtype=torch.float32 if config.fsdp else dtype, device=device)  # FSDP's shards are the masters
         if config.resume:
             run = Path(config.resume)
             model, tokenizer, state = load_checkpoint(run, **settings)
-        if not config.resume or config.lora_rank:  # a checkpoint has the adapters merged; they belong on the first model
+        if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
             model, tokenizer = load(config.model, **settings)
         puzzles = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
         prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
@@ -191,7 +193,7 @@ def main() -> None:
         if config.kl_coef and not config.lora_rank:
             ref_model = load(config.model, dtype=dtype, device=device)[0]
         if state is None:
-            run = create_run(config.out, config) if first_rank else Path(config.out)
+            run = create_run(config.out, config)
     if first_rank:
         print(config)
     model.activation_checkpointing = config.activation_checkpointing
@@ -239,8 +241,8 @@ def main() -> None:
     while step < config.steps:
         step_started = time.time()
 
-        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones. Of several
-        #    processes each takes its share: from here to the gather, P and B are this process's own
+        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones. Of
+        #    several processes each takes its share: from here to the gather, P and B are this process's own
         rng = random.Random(f"{config.seed}, {step}")
         puzzles = [sample_puzzle(rng, config.level, held_out=False)
                    for _ in range(config.batch_size // config.group_size)]  # P
@@ -255,8 +257,8 @@ def main() -> None:
                 seed=rng.getrandbits(32), first_index=share.start * config.group_size, slots=config.slots)
         sampled = time.time()
         if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
-            fail(f"got log-probs of nan at step {step + 1}, expected finite ones: the weights are broken; the checkpoint "
-                 f"before that is kept in {run / 'checkpoint'}. Lower --learning-rate")
+            fail(f"got log-probs of nan at step {step + 1}, expected finite ones: the weights are broken; the "
+                 f"checkpoint before that is kept in {run / 'checkpoint'}. Lower --learning-rate")
 
         # 3. rewards: each completion's accuracy and format, and with --language-weight its language
         parts = [reward(text, *puzzle, format_weight=config.format_weight, language_weight=config.language_weight,
@@ -344,7 +346,8 @@ def main() -> None:
         row = {"step": step, **{name: sum(part[name] for part in all_parts) / len(all_parts)
                                 for name in ("reward", "accuracy")},
                **evaluate.describe(all_texts, all_completions, config.language),
-               "equal_groups": sum(equal_share) / len(equal_share), "entropy": first["entropy"] / max(1, trained_tokens),
+               "equal_groups": sum(equal_share) / len(equal_share),
+               "entropy": first["entropy"] / max(1, trained_tokens),
                "logprob_gap": first["gap"] / max(1, trained_tokens), "logprob_gap_max": first_max_gap,
                "loss": sums["loss"], **{name: sums[name] / max(1, trained_tokens) for name in sums if name in
                                         ("ratio", "clip_frac", "k1_kl_old", "k3_kl_ref")},

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +111,12 @@ def test_shared_weights_give_equal_logits(models):
         assert parameter.data_ptr() == theirs[name].data_ptr(), name
 
 
-@pytest.mark.parametrize("name", ["ours", "transformers.generate", "transformers continuous batching",
+needs_psutil = pytest.mark.skipif(not find_spec("psutil"), reason="transformers' continuous batching asks psutil for "
+                                  "a CPU's free memory: pip install psutil")
+
+
+@pytest.mark.parametrize("name", ["ours", "transformers.generate",
+                                  pytest.param("transformers continuous batching", marks=needs_psutil),
                                   "transformers.generate"])  # again: continuous batching leaves the model as it was
 def test_without_eos_every_sampler_writes_all_tokens(models, name):
     """Also where the model's own config names an EOS: 4 prompts of different lengths, 12 tokens each."""
@@ -118,6 +124,17 @@ def test_without_eos_every_sampler_writes_all_tokens(models, name):
     run = benchmark.samplers(*models, workload, CONFIG)[name]
     tokens, seconds = run(0)
     assert tokens == 4 * 12 and seconds > 0
+
+
+def test_without_psutil_the_row_says_what_to_install(models, monkeypatch):
+    """transformers takes a CPU's free memory for 0 then, and says no more than MemoryError. The model is left as it
+    was: generate still runs."""
+    monkeypatch.setattr("transformers.generation.continuous_batching.requests.is_psutil_available", lambda: False)
+    monkeypatch.setattr(timing, "find_spec", lambda name: None)
+    workload = Workload("", [[1, 2, 3], [4]], 3)
+    with pytest.raises(DoesNotRun, match="^pip install psutil; MemoryError"):
+        timing.time_continuous(models[1], workload, "cpu")
+    assert timing.time_generate(models[1], workload, "cpu")[0] == 2 * 3
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing
@@ -191,7 +208,7 @@ def test_unknown_flag_is_refused(monkeypatch, tmp_path):
 
 
 def test_table_and_json_are_written_and_never_overwritten(monkeypatch, tmp_path, capsys):
-    """Two tiny-base completions; the ratio that is printed is the one in the file."""
+    """Two tiny-base completions; the ratio that is printed is the one in the file, or a dash and why there is none."""
     out = tmp_path / "new" / "b.json"
     flags = ("--no-trl", "--no-limits", "--prompts", 1, "--group-size", 2, "--max-new-tokens", 4, "--repeats", 1)
     run(monkeypatch, *flags, "--out", out)
@@ -199,6 +216,9 @@ def test_table_and_json_are_written_and_never_overwritten(monkeypatch, tmp_path,
     assert [row["other"]["name"] for row in report["rows"]] == ["transformers.generate",
                                                                 "transformers continuous batching"]
     for row, line in zip(report["rows"], printed.splitlines()[-2:]):
+        if row["other"]["name"].endswith("batching") and not find_spec("psutil"):
+            assert row["ratio"] is None and "does not run on cpu: pip install psutil" in line
+            continue
         assert row["ratio"] == pytest.approx(row["ours"]["speeds"][0] / row["other"]["speeds"][0])
         assert line.split("|")[5].strip() == f"{row['ratio']:.3g}"
     before = out.read_bytes()
