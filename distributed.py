@@ -1,6 +1,8 @@
 """Several processes, one GPU each: who takes which prompts, sums over all of them, weights split among them (FSDP).
 
-    torchrun --nproc-per-node 8 train_countdown.py --device cuda
+    torchrun --nproc-per-node 8 --shutdown-timeout 3600 train_countdown.py --device cuda
+
+On Ctrl-C torchrun waits for the step in progress and its checkpoint, but by default for 30 seconds only.
 
 Every process (its number is its rank) runs the same script on its share of a step's prompts. What they must agree on
 meets here. Without torchrun there is one process and every function leaves things as they are, so that a script needs

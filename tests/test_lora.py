@@ -216,7 +216,7 @@ def test_save_inside_merged_writes_a_plain_model(dtype, tmp_path):
     assert torch.equal(logits_of(again), expected)
 
 
-# -------------------------------------------------------------------------------------------------- few rows on a CPU
+# ---------------------------------------------------------------------------------------------------- few rows on a CPU
 
 
 @torch.no_grad()

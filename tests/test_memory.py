@@ -32,7 +32,7 @@ SMALL = Qwen2Config(vocab_size=100, hidden_size=16, intermediate_size=24, num_hi
 N, ADAPTERS = 5584, 2 * 232
 
 
-# ----------------------------------------------------------------------------------------------------------- activations
+# ---------------------------------------------------------------------------------------------------------- activations
 
 
 def eighth(family: str, layers: int):
@@ -83,7 +83,7 @@ def test_with_checkpointing_one_layer_is_whole_and_the_others_are_their_inputs(f
     assert activations(6, True) == 6 * inputs + activations(1, False)
 
 
-# ------------------------------------------------------------------------------------------------- the rest, by hand
+# ---------------------------------------------------------------------------------------------------- the rest, by hand
 
 
 def small(**settings):
@@ -105,7 +105,7 @@ def test_the_cache_holds_a_quarter_more_columns_than_a_row_can_need():
     ({"dtype": "bfloat16"}, 2 * N, 4 * N, 12 * N, 0),  # gradients are added up in fp32
     ({"dtype": "bfloat16", "offload_optimizer": True}, 2 * N, 4 * N, 0, 12 * N),
     ({"offload_optimizer": True}, 4 * N, 4 * N, 0, 12 * N),  # away from the GPU the masters are copies
-    ({"lora_rank": 2}, 4 * (N + 2 * ADAPTERS), 8 * ADAPTERS, 16 * ADAPTERS, 4 * N),  # frozen weights once more, for merged()
+    ({"lora_rank": 2}, 4 * (N + 2 * ADAPTERS), 8 * ADAPTERS, 16 * ADAPTERS, 4 * N),  # frozen ones twice
     ({"lora_rank": 2, "dtype": "bfloat16"}, 2 * (N + 2 * ADAPTERS), 8 * ADAPTERS, 24 * ADAPTERS, 2 * N),
 ), ids=("fp32", "bf16", "bf16 offload", "fp32 offload", "LoRA", "LoRA bf16"))
 def test_bytes_of_weights_gradients_and_optimizer(settings, weights, gradients, optimizer, host):
@@ -141,7 +141,7 @@ def test_the_peak_is_the_larger_of_sampling_and_training():
     assert small()["KV cache"] < small()["activations"] < small(slots=8, max_new_tokens=2000)["KV cache"]
 
 
-# ------------------------------------------------------------------------------------------------------- real checkpoints
+# ----------------------------------------------------------------------------------------------------- real checkpoints
 
 
 @pytest.mark.parametrize("hf_config, billions", ((QWEN_1_5B, 1.54), (QWEN_3B, 3.09)), ids=("1.5B", "3B"))
@@ -234,7 +234,7 @@ def test_no_advice_contradicts_the_flags_that_were_given(machine, settings):
     assert "--offload-optimizer" not in message or not settings.get("fsdp")
 
 
-# ------------------------------------------------------------------------------------------------------ in the script
+# -------------------------------------------------------------------------------------------------------- in the script
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def assert_equal(ours, theirs):
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------------------------ the update
+# ----------------------------------------------------------------------------------------------------------- the update
 
 
 def test_a_model_in_fp32_is_its_own_master():
@@ -166,7 +166,7 @@ def test_zero_grad_frees_every_gradient(dtype, offload):
         assert all(tensor.grad is None for tensor in [*model.parameters(), *optimizer.masters])
 
 
-# ---------------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("offload", (False, True), ids=("", "offload"))
@@ -201,7 +201,7 @@ def test_only_masters_that_are_copies_are_saved():
         assert sum(master is not None for master in optimizer.state_dict()["masters"]) == copies
 
 
-# -------------------------------------------------------------------------------------------------------------- clipping
+# ------------------------------------------------------------------------------------------------------------- clipping
 
 
 def test_clipping_scales_to_the_norm_and_returns_the_one_before():

@@ -24,7 +24,7 @@ IDS = torch.randint(0, 256, (2, LONG), generator=torch.Generator().manual_seed(0
 V = 5000    # tokens: more than inverse_cdf puts into one block
 
 
-# ------------------------------------------------------------------------------------------------------------------ bf16
+# ----------------------------------------------------------------------------------------------------------------- bf16
 
 
 def reference(name: str, directory):
@@ -65,8 +65,8 @@ def distance(a, b) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_logits_are_those_of_transformers_in_bf16(name, tmp_path):
     """Rounding alone: 0.0034 to 0.0078 apart on average, of logits of deviation 0.9, and 0.074 at most. Rotary angles
-    computed in bf16 make 0.021 to 0.097, a missing q_norm 0.15. (A softmax or a norm in bf16 hides in the rounding: 0.004 to
-    0.0095. The next test finds the norm.)"""
+    computed in bf16 make 0.021 to 0.097, a missing q_norm 0.15. (A softmax or a norm in bf16 hides in the rounding:
+    0.004 to 0.0095. The next test finds the norm.)"""
     theirs = reference(name, tmp_path / "hf")
     model, _ = load(tmp_path / "hf", dtype=torch.bfloat16)
     expected = one_pass(theirs)
@@ -129,7 +129,7 @@ def test_activation_checkpointing_changes_no_gradient(name):
     assert gradients[0]["model.layers.0.mlp.up_proj.weight"].abs().max() > 0
 
 
-# ---------------------------------------------------------------------------------------------------- large vocabularies
+# --------------------------------------------------------------------------------------------------- large vocabularies
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_rare_token_between_big_ones_is_found(where):
     assert chosen[1] == (where - 1 if below else where) and chosen[2] == (where + 1 if where + 1 in big else where)
 
 
-# ------------------------------------------------------------------------------------------------------------ CUDA graphs
+# ---------------------------------------------------------------------------------------------------------- CUDA graphs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and PyTorch sees none")

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ import sft
 import train_countdown
 from model import save
 
-LIMIT = 90  # seconds for one start, on a machine that is busy with something else
+LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16)
@@ -116,7 +117,7 @@ def last_process_dies(rank: int) -> None:
 
 def gpu_memory_is_full(rank: int) -> None:
     def fill():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
     in_step_2(fill)
 
 
@@ -162,7 +163,7 @@ def start(server, tmp_path_factory):
     world=0: without torchrun."""
     def run(*flags, world: int = 0, mishap=nothing):
         folder = tmp_path_factory.mktemp("processes")
-        processes = [server.Process(target=forked, args=(folder, rank, environment, [str(flag) for flag in flags], mishap))
+        processes = [server.Process(target=forked, args=(folder, rank, environment, list(map(str, flags)), mishap))
                      for rank, environment in enumerate(torchrun_environments(world) or [{}])]
         deadline = time.monotonic() + LIMIT
         for process in processes:
@@ -173,7 +174,7 @@ def start(server, tmp_path_factory):
         for process in processes:
             process.kill()
             process.join()
-        assert not hung, f"ranks {hung} of {len(processes)} hang: {[(folder / f'err{rank}').read_text() for rank in hung]}"
+        assert not hung, f"ranks {hung} hang: {[(folder / f'err{rank}').read_text() for rank in hung]}"
         return [SimpleNamespace(code=process.exitcode, out=(folder / f"out{rank}").read_text(),
                                 error=(folder / f"err{rank}").read_text(),
                                 seen=json.loads((folder / f"seen{rank}").read_text()))
@@ -194,12 +195,17 @@ def torchrun_environments(world: int) -> list[dict[str, str]]:
             for rank in range(world)]
 
 
+@contextmanager
 def torchrun(*flags, mishap=nothing):
     """The real one, with two processes of this file."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
-         mishap.__name__, *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         mishap.__name__, *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()  # the two end themselves after LIMIT, if they are still there
 
 
 @pytest.fixture(scope="module")
@@ -300,11 +306,8 @@ def test_a_run_resumes_on_another_number_of_processes(start, runs, tmp_path, sav
 def test_when_a_process_dies_torchrun_ends_the_others_and_the_run_can_go_on(base, start, runs, tmp_path):
     """Rank 1 raises in step 2, rank 0 waits for it in the gather. The checkpoint is that of step 1."""
     flags = (*FLAGS, "--save-every", 1)
-    process, started = torchrun("--model", base, "--out", tmp_path / "run", *flags, mishap=last_process_dies), time.time()
-    try:
+    with torchrun("--model", base, "--out", tmp_path / "run", *flags, mishap=last_process_dies) as process:
         _, error = process.communicate(timeout=LIMIT)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert process.returncode == 1
     assert "OverflowError: the process of rank 1 dies in step 2" in error
     assert run_folder.load_checkpoint(tmp_path / "run")[2]["step"] == 1
@@ -313,19 +316,17 @@ def test_when_a_process_dies_torchrun_ends_the_others_and_the_run_can_go_on(base
 
 
 def test_ctrl_c_under_torchrun_saves_once_and_stops_all_at_the_same_step(base, tmp_path):
-    """The terminal sends SIGINT to torchrun alone, whose processes are sessions of their own; it passes it on, once: a
-    second would kill them."""
+    """The terminal sends SIGINT to torchrun alone, since its processes are sessions of their own. It passes the signal
+    on, once (a second would kill them), and waits for 30 seconds, or for --shutdown-timeout."""
     run = tmp_path / "run"
-    process = torchrun("--model", base, "--out", run, *FLAGS, "--steps", 100_000, "--save-every", 100_000)
-    try:
-        deadline = time.monotonic() + LIMIT
+    log, deadline = run / "metrics.jsonl", time.monotonic() + LIMIT
+    with torchrun("--model", base, "--out", run, *FLAGS, "--steps", 100_000, "--save-every", 100_000) as process:
         while process.poll() is None and time.monotonic() < deadline and not (
-                (run / "metrics.jsonl").exists() and len(rows_of(run)) > 2):  # two steps are done
+                log.exists() and log.read_text().count("\n") > 2):  # two steps are done
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=LIMIT)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert log.exists(), error
     last = rows_of(run)[-1]["step"]
     assert out.count(f"stopped after step {last}; continue with") == 1, error
     assert error.count("stopping after this step") == 2
