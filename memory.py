@@ -33,9 +33,11 @@ def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1
     own_master = config.dtype == "float32" and not config.offload_optimizer
     state = trained * (8 + (0 if own_master else 4))  # AdamW's two moments, and the fp32 masters
 
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    # what autograd keeps of a layer, counted with saved_tensors_hooks: test_memory.py counts again
-    layer = size * (8 * c.hidden_size + 4 * c.intermediate_size + (14 if c.qk_norm else 7) * heads)
+    # what autograd keeps of a layer, a token: two norms (input in fp32, normed, times weight), the rotated q and k, v,
+    # what attention makes of them, four widths of the MLP; with norms on q and k, their fp32 inputs and normed values
+    rotated = (c.num_heads + c.num_kv_heads) * c.head_dim
+    norms = 2 * c.hidden_size * (4 + 2 * size) + (rotated * (4 + size) if c.qk_norm else 0)
+    layer = norms + size * (2 * rotated + 4 * c.intermediate_size)
     inputs = size * c.hidden_size
     kept = c.num_layers * inputs + layer if config.activation_checkpointing else c.num_layers * layer
     chunk = min(LOGITS_AT_ONCE, config.micro_batch_tokens * c.vocab_size)
@@ -82,8 +84,13 @@ def check_fits(config, *, model="", world_size: int = 1) -> None:
     if parts["peak"] <= limit:
         return
     smaller, peak = config, parts["peak"]
-    for remedy in REMEDIES:
-        candidate = dataclasses.replace(smaller, **remedy)
+    for remedy in 2 * REMEDIES:  # twice: what shrinks the smaller phase helps only once the larger one has shrunk
+        if config.resume and not remedy.keys() <= {"micro_batch_tokens", "slots", "activation_checkpointing"}:
+            continue  # a resumed run keeps the others
+        try:
+            candidate = dataclasses.replace(smaller, **remedy)
+        except ValueError:  # it does not go with --fsdp or --ref-every
+            continue
         candidate_peak = estimate(hf_config, candidate, world_size=world_size)["peak"]
         if candidate_peak < peak and peak > limit:
             smaller, peak = candidate, candidate_peak
@@ -91,7 +98,8 @@ def check_fits(config, *, model="", world_size: int = 1) -> None:
     flags = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                      for name, value in changed.items())
     advice = f"with {flags} it needs about {peak / GIB:.1f} GiB" if peak <= limit else (
-        f"even with {flags} it needs about {peak / GIB:.1f} GiB; use a smaller model, or --fsdp on more GPUs")
+        f"even with {flags or 'all flags that save memory'} it needs about {peak / GIB:.1f} GiB; use a smaller model, "
+        "or --fsdp on more GPUs")
     raise ValueError(f"got {config.model}, which needs about {parts['peak'] / GIB:.1f} GiB ({describe(parts)}), "
                      f"expected at most the {limit / GIB:.1f} GiB that {config.device} has to give; {advice}")
 

@@ -83,7 +83,8 @@ def out_of_memory_exits(advice: str):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        known = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # plain RuntimeErrors
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(k in str(error) for k in known):
             raise
         what = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         fail(f"out of memory{f' ({what[0]})' if what else ''}; {advice}")

@@ -181,28 +181,28 @@ def test_the_reference_is_replaced_every_n_steps(monkeypatch, base, tmp_path):
 # ------------------------------------------------------------------------------------------------------- RL: the update
 
 
-def gradients(monkeypatch):
+def gradients(monkeypatch, script):
     """Collects the gradients of every optimizer step, before they are clipped."""
-    collected, clip = [], torch.nn.utils.clip_grad_norm_
+    collected, clip = [], script.clip_gradients
 
-    def spy(parameters, limit):
-        parameters = list(parameters)
-        collected.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
-        return clip(parameters, limit)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    def spy(gradients, limit):
+        collected.append([gradient.clone() for gradient in gradients])
+        return clip(gradients, limit)
+    monkeypatch.setattr(script, "clip_gradients", spy)
     return collected
 
 
 @pytest.mark.parametrize("average", ("token", "sequence", "constant"))
 def test_micro_batches_change_neither_gradient_nor_loss(monkeypatch, base, tmp_path, average):
     """Adam hides a gradient of the wrong size, so the gradient itself is compared, and then the weights."""
-    collected, calls, loss = gradients(monkeypatch), [], train_countdown.grpo_loss
+    collected, calls, loss = gradients(monkeypatch, train_countdown), [], train_countdown.grpo_loss
     monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, **kwargs: calls.append(1) or loss(*args, **kwargs))
     rows = {}
     for budget in (64, 100_000):
         rows[budget] = train(monkeypatch, base, tmp_path / f"{budget}", steps=1, micro_batch_tokens=budget,
                              average=average, learning_rate=1e-4)[1]
     assert len(calls) > 8  # many, then one
+    assert len(collected) == 2
     for small, large in zip(*collected, strict=True):
         torch.testing.assert_close(small, large, atol=1e-7, rtol=1e-4)
     assert rows[64] == {name: pytest.approx(value, abs=1e-6) for name, value in rows[100_000].items()}
@@ -325,9 +325,10 @@ def test_only_completions_are_trained_and_eos_is(base):
 
 
 def test_micro_batches_change_no_supervised_gradient(monkeypatch, data, tmp_path):
-    collected = gradients(monkeypatch)
+    collected = gradients(monkeypatch, sft)
     for budget in (200, 100_000):
         supervised(monkeypatch, data, tmp_path / f"{budget}", micro_batch_tokens=budget, batch_tokens=100_000, epochs=1)
+    assert len(collected) == 2
     for small, large in zip(*collected, strict=True):
         torch.testing.assert_close(small, large, atol=1e-7, rtol=1e-4)
 
