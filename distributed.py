@@ -57,6 +57,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def started() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_initialized()
+
+
 def rank() -> int:
     """0 for the process that prints, logs and saves."""
     return dist.get_rank() if dist.is_initialized() else 0

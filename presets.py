@@ -7,7 +7,7 @@ Memory is memory.py's estimate of the peak on the device. Of the GPU presets no 
 """
 
 PRESETS = {
-    # 1 GiB, 4 minutes on 2 CPU cores: the defaults of train_countdown.Config, in fp32
+    # 1 GiB, 4 to 11 minutes on 2 CPU cores: the defaults of train_countdown.Config, in fp32
     "laptop": {},
 
     # 1.5B parameters, all of them trained: 12 GiB on the GPU and 18 GiB of host memory; time not measured.
@@ -19,7 +19,7 @@ PRESETS = {
         micro_batch_tokens=8192, activation_checkpointing=True, offload_optimizer=True,
         eval_every=20, eval_n=512, save_every=20),
 
-    # 3B parameters, all of them trained, optimizer on the GPU: 58 GiB; time not measured.
+    # 3B parameters, all of them trained, optimizer on the GPU: 57 GiB; time not measured.
     "gpu-80gb": dict(
         model="Qwen/Qwen2.5-3B", style="base", level="tinyzero", device="cuda", dtype="bfloat16",
         steps=200, batch_size=512, group_size=16, max_new_tokens=1024, slots=256,

@@ -17,7 +17,8 @@ no KL by default, since rules are harder to fool than a learnt judge and the ref
 batch 256, and a learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise
 together; the last line says pass@1 before -> after.
 
-Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens.
+Shapes: P prompts, G completions per prompt, B = P * G sequences, T tokens. With several processes (distributed.py) P and
+B are this process's own; what begins with all_ is everybody's.
 """
 
 import math
@@ -168,23 +169,26 @@ def aligned(values: list[list[float]], prompt_ids: list[list[int]], device):
 def main() -> None:
     config = parse_config(Config, __doc__, presets=PRESETS, changeable=CHANGEABLE)
 
-    # 0. model, run folder, optimizer; everything that can be wrong with the input is said here
+    # 0a. model and run folder; everything that can be wrong with the input is said here
     with bad_input_exits():
         device = distributed.start(config.device)  # under torchrun: this process's GPU
-        first_rank, state = distributed.rank() == 0, None
-        dtype = DTYPES[config.dtype]
+        first_rank = distributed.rank() == 0  # the process that prints, logs and saves; alone: always
+        dtype, state = DTYPES[config.dtype], None
+        if config.fsdp and config.dtype == "bfloat16" and not distributed.started():
+            raise ValueError("got --fsdp without torchrun, expected torchrun --nproc-per-node N train_countdown.py ...; "
+                             "N may be 1")
         directory = find_checkpoint(config.resume) if config.resume else config.model
         check_fits(config, model=directory, world_size=distributed.world_size())
-        distributed.share(config.batch_size // config.group_size)  # are there prompts for every process?
-        settings = dict(dtype=torch.float32 if config.fsdp else dtype, device=device)  # FSDP's shards are the masters
+        share = distributed.share(config.batch_size // config.group_size)  # this process's of a step's prompts; alone: all
+        settings = dict(dtype=torch.float32 if config.fsdp else dtype, device=device)  # FSDP keeps fp32, and casts itself
         if config.resume:
             run = Path(config.resume)
             model, tokenizer, state = load_checkpoint(run, **settings)
         if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
             model, tokenizer = load(config.model, **settings)
-        puzzles = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
-        prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
-        longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
+        held_out = [make_prompt(puzzle, config.style, tokenizer) for puzzle in held_out]
+        longest = max(map(len, tokenizer(held_out, add_special_tokens=False)["input_ids"]))
         if longest + config.max_new_tokens > model.config.context:
             raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
                              f"together more than the model's context of {model.config.context}; "
@@ -196,6 +200,8 @@ def main() -> None:
             run = create_run(config.out, config)
     if first_rank:
         print(config)
+
+    # 0b. what is trained, and where a resumed run stopped
     model.activation_checkpointing = config.activation_checkpointing
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
@@ -216,6 +222,7 @@ def main() -> None:
                     rewind_log(run / name, step)
     stop, started = StopRequest(), time.time() - 60 * minutes
 
+    # 0c. what is saved, and how it is evaluated
     def checkpoint() -> None:
         adapters = {name: p.detach() for name, p in model.named_parameters() if config.lora_rank and p.requires_grad}
         with merged(model):
@@ -227,7 +234,7 @@ def main() -> None:
     def evaluation() -> dict:
         with sampling_weights(model) as policy:
             table = measure(policy, tokenizer, config) if first_rank else {}
-            distributed.barrier()  # the others wait
+            distributed.barrier()  # the others wait for the first, and get no table
         return table
 
     if not state:
@@ -241,13 +248,11 @@ def main() -> None:
     while step < config.steps:
         step_started = time.time()
 
-        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones. Of
-        #    several processes each takes its share: from here to the gather, P and B are this process's own
+        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones
         rng = random.Random(f"{config.seed}, {step}")
-        puzzles = [sample_puzzle(rng, config.level, held_out=False)
-                   for _ in range(config.batch_size // config.group_size)]  # P
-        share = distributed.share(len(puzzles))
-        puzzles = [puzzles[i] for i in share for _ in range(config.group_size)]  # B
+        all_puzzles = [sample_puzzle(rng, config.level, held_out=False)
+                       for _ in range(config.batch_size // config.group_size)]
+        puzzles = [all_puzzles[i] for i in share for _ in range(config.group_size)]  # B
         prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]  # B
 
         # 2. rollouts: G completions of each prompt, with the log-probs of the policy that sampled them
@@ -273,9 +278,12 @@ def main() -> None:
                    if (config.kl_coef or not equal_groups[i // config.group_size])
                    and not (config.drop_truncated and completion.truncated)]
         batch, advantages = [(prompt_ids[i], completions[i]) for i in trained], advantages.flatten()[trained]
-        all_rollouts = distributed.gather(list(zip(texts, completions, parts, strict=True)))  # of all processes
-        all_texts, all_completions, all_parts = zip(*all_rollouts)
+
+        # everybody's, for the divisor and the log
+        all_texts, all_completions, all_parts = zip(*distributed.gather(list(zip(texts, completions, parts))))
+        all_equal_groups = distributed.gather(equal_groups.tolist())
         num_tokens = sum(len(completion.token_ids) for completion in all_completions)
+        trained_tokens = sum(distributed.gather([sum(len(completion.token_ids) for _, completion in batch)]))
 
         # 5. the same tokens under ref_policy, for the KL
         ref_rows = None
@@ -293,11 +301,9 @@ def main() -> None:
             group["lr"] = learning_rate
         lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
         groups = micro_batches(lengths, config.micro_batch_tokens)
-        trained_tokens = distributed.sum_over_ranks({"": sum(len(c.token_ids) for _, c in batch)})[""]
         for epoch in range(config.inner_epochs):
-            sums = {"loss": 0.0, "entropy": 0.0, "gap": 0.0}
-            max_gap = 0.0
-            distributed.even_passes(model, len(groups))
+            sums, max_gap = {"loss": 0.0, "entropy": 0.0, "gap": 0.0}, 0.0
+            distributed.even_passes(model, len(groups))  # --fsdp only: every process must make equally many
             for rows in groups:
                 row_prompts, row_completions = zip(*(batch[i] for i in rows))
                 input_ids, mask = pad_batch(row_prompts, [completion.token_ids for completion in row_completions],
@@ -321,9 +327,10 @@ def main() -> None:
                 max_gap = max(max_gap, gap.max().item())
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value
-            sums, max_gap = distributed.sum_over_ranks(sums), distributed.max_over_ranks(max_gap)
+            sums = distributed.sum_over_ranks(sums)  # from here on: of the whole step
+            max_gap = distributed.max_over_ranks(max_gap)
             norm = 0.0
-            if trained_tokens:  # else nobody has a gradient
+            if trained_tokens:  # else all groups were equal, in every process
                 gradients = optimizer.gradients()
                 distributed.sum_gradients(gradients)
                 norm = clip_gradients(gradients, config.clip_norm)
@@ -342,11 +349,10 @@ def main() -> None:
 
         # 7. log, evaluate, print a sample, save
         seconds = time.time() - step_started
-        equal_share = distributed.gather(equal_groups.tolist())
         row = {"step": step, **{name: sum(part[name] for part in all_parts) / len(all_parts)
                                 for name in ("reward", "accuracy")},
                **evaluate.describe(all_texts, all_completions, config.language),
-               "equal_groups": sum(equal_share) / len(equal_share),
+               "equal_groups": sum(all_equal_groups) / len(all_equal_groups),
                "entropy": first["entropy"] / max(1, trained_tokens),
                "logprob_gap": first["gap"] / max(1, trained_tokens), "logprob_gap_max": first_max_gap,
                "loss": sums["loss"], **{name: sums[name] / max(1, trained_tokens) for name in sums if name in
@@ -368,7 +374,7 @@ def main() -> None:
                 tqdm.write(f"step {step}: held-out pass@1 {row['eval_pass@1']:.1%}, "
                            f"{row['eval_completion_tokens']:.0f} tokens a completion")
             append_jsonl(run / "metrics.jsonl", row)
-        stopping = distributed.any_rank(stop.requested)
+        stopping = distributed.any_rank(stop.requested)  # Ctrl-C may have reached one process only
         if step % config.save_every == 0 or step == config.steps or stopping:
             checkpoint()
         if stopping and step < config.steps:
