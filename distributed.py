@@ -32,11 +32,11 @@ from model import Model, check_device
 def start(device: str) -> str:
     """Joins the other processes that torchrun started -> this one's device: cuda:0, cuda:1, ... or cpu.
 
-    Raises ValueError for more processes than GPUs.
+    Raises ValueError for a device that is not there, and for more processes than GPUs.
     """
+    check_device(device)
     if "LOCAL_RANK" not in os.environ:  # not started by torchrun
         return device
-    check_device(device)
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])  # on this machine
     backend = "gloo"
     if device.startswith("cuda"):

@@ -117,6 +117,11 @@ def test_unknown_flags_abbreviations_and_wrong_types_are_refused(script, refused
     (("--language", "fr"), ("got language 'fr'", "expected")),
     (("--clip-low", "1.5"), ("expected clip_low within (0, 1)",)),
     (("--eval-n", "1000"), ("got n=1000", "ask for fewer")),
+    (("--dtype", "float16"), ("got dtype 'float16'", "expected one of float32, bfloat16")),
+    (("--slots", "0"), ("got slots 0", "expected more than 0")),
+    (("--fsdp", "--dtype", "bfloat16"), ("got --fsdp without torchrun", "expected torchrun --nproc-per-node")),
+    (("--fsdp", "--offload-optimizer"), ("got --fsdp with --offload-optimizer", "expected one of them")),
+    (("--lora-rank", "4", "--fsdp"), ("got lora_rank 4", "without --fsdp")),
 ))
 def test_bad_values_are_refused_before_anything_is_written(flags, says, base, refused, tmp_path):
     refused(train_countdown, "--model", base, "--out", tmp_path / "run", *flags, says=says)
@@ -133,9 +138,20 @@ def test_bad_values_are_refused_before_anything_is_written(flags, says, base, re
     (sft, ("--optimizer", "sgd"), ("got optimizer 'sgd'", "expected adamw or muon")),
     (sft, ("--from-scratch", "huge"), ("got from_scratch 'huge'", "expected one of tiny")),
     (sft, ("--epochs", "0"), ("got epochs 0", "expected more than 0")),
+    (sft, ("--optimizer", "muon", "--dtype", "bfloat16"), ("got optimizer muon with --dtype bfloat16", "adamw")),
+    (sft, ("--dtype", "half"), ("got dtype 'half'", "expected one of float32, bfloat16")),
 ))
 def test_bad_values_are_refused_by_the_other_scripts(script, flags, says, base, refused):
     refused(script, "--model", base, *flags, says=says)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", (train_countdown, sft, evaluate), ids=lambda script: script.__name__)
+def test_a_gpu_that_is_not_there_is_said_in_one_line(script, base, refused, tmp_path):
+    """Before anything else, the estimate of what fits on it included."""
+    flags = () if script is evaluate else ("--out", tmp_path / "run")
+    refused(script, "--model", base, "--device", "cuda", *flags, says=("got device 'cuda'", "use --device cpu"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_true_command_line_ends_without_a_traceback():
