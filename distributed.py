@@ -20,11 +20,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model import Model, check_device
+from directories import check_device
+from model import Model
 
 # ------------------------------------------------------------------------------------------- processes, numbers, lists
 
@@ -123,7 +121,7 @@ def sum_gradients(gradients: list[torch.Tensor], *, bucket: int = 25_000_000) ->
     """
     if any(isinstance(gradient, nn.Parameter) for gradient in gradients):
         raise ValueError("got parameters, expected their gradients; pass [parameter.grad for ...]")
-    gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    gradients = [gradient for gradient in gradients if not is_split(gradient)]
     if world_size() == 1:
         return
     buckets, size = [], 0
@@ -143,6 +141,12 @@ def sum_gradients(gradients: list[torch.Tensor], *, bucket: int = 25_000_000) ->
 # --------------------------------------------------------------------------------------------- sharded weights (FSDP2)
 
 
+def is_split(tensor) -> bool:
+    """Whether this is one rank's part of a tensor: a DTensor. To import that class takes half a second of every start,
+    so its imports stand where something is split, and its method tells it from a plain tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
 def shard(model: Model, *, dtype: torch.dtype) -> None:
     """All ranks: splits each parameter, and with it gradient and optimizer state, over the ranks. Before the optimizer.
 
@@ -150,6 +154,9 @@ def shard(model: Model, *, dtype: torch.dtype) -> None:
     shards stay in the model's own dtype, so load it in fp32. backward() sums the gradients over the ranks, in fp32.
     Train through model(...): model.hidden(...) alone would not put the root's weights together.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if not dist.is_initialized():
         return
     empty = {id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta", dtype=dtype))
@@ -163,7 +170,7 @@ def shard(model: Model, *, dtype: torch.dtype) -> None:
         # the default is the mean. A sum, and no division through an NCCL-only operation, which gloo lacks
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.skeleton = (skeleton,)  # in a tuple, so that it is no submodule
+    model.skeleton = (skeleton,)  # in a tuple, so that it is no submodule; only a sharded model has one
 
 
 def even_passes(model: Model, passes: int) -> None:
@@ -172,7 +179,7 @@ def even_passes(model: Model, passes: int) -> None:
     Under FSDP a forward and a backward are collective, so a rank with fewer micro-batches than the others would leave
     them waiting for ever. It makes up for it here, with passes over one token whose gradient is zero.
     """
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "skeleton"):
         for _ in range(int(max_over_ranks(passes)) - passes):
             logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))  # (1, 1, V)
             (logits * 0).sum().backward()
@@ -186,7 +193,7 @@ def whole_weights(model: Model):
     A model that is not sharded comes back as it is. A sharded one is copied: `dtype` of shard(), so 2 bytes a parameter
     in bf16, until the block ends, and without FSDP's hooks around every block of every decoding step.
     """
-    if not isinstance(model, FSDPModule):
+    if not hasattr(model, "skeleton"):
         yield model
         return
     skeleton, = model.skeleton
@@ -210,7 +217,7 @@ def full_state(tree):
 
     The other ranks get None in their place. What is not sharded stays as it is.
     """
-    if isinstance(tree, DTensor):
+    if is_split(tree):
         whole = tree.detach().full_tensor()
         return whole.cpu() if rank() == 0 else None
     if isinstance(tree, dict):
@@ -228,7 +235,8 @@ def load_optimizer(optimizer, state: dict) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def part(value, parameter):
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:  # the moments; step is one number
+        if is_split(parameter) and value.shape == parameter.shape:  # the moments; step is one number
+            from torch.distributed.tensor import distribute_tensor
             return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return value
 

@@ -70,6 +70,7 @@ def available(device: str) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - SPARE)
 
 
+MEMORY_ONLY = ("micro_batch_tokens", "slots", "activation_checkpointing")  # no other result depends on these
 REMEDIES = ({"dtype": "bfloat16"}, {"activation_checkpointing": True}, {"micro_batch_tokens": 4096},
             {"offload_optimizer": True}, {"slots": 64}, {"slots": 16}, {"lora_rank": 16})  # least painful first
 
@@ -85,7 +86,7 @@ def check_fits(config, *, model="", world_size: int = 1) -> None:
         return
     smaller, peak = config, parts["peak"]
     for remedy in 2 * REMEDIES:  # twice: what shrinks the smaller phase helps only once the larger one has shrunk
-        if config.resume and not remedy.keys() <= {"micro_batch_tokens", "slots", "activation_checkpointing"}:
+        if config.resume and not remedy.keys() <= set(MEMORY_ONLY):
             continue  # a resumed run keeps the others
         try:
             candidate = dataclasses.replace(smaller, **remedy)

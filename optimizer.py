@@ -11,16 +11,15 @@ A model in fp32 is its own master: then this is torch.optim.AdamW and nothing el
 """
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from distributed import load_optimizer
+from distributed import is_split, load_optimizer
 
 
 @torch.no_grad()
 def clip_gradients(gradients: list[torch.Tensor], max_norm: float) -> float:
     """Scales the gradients to this norm at most, in place -> the norm before, over all and, under FSDP, all shards."""
     norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
+    if is_split(norm):
         norm = norm.full_tensor()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

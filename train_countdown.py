@@ -36,7 +36,7 @@ import evaluate
 from batching import micro_batches, pad_batch, pad_rows, token_logprobs
 from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
-from memory import check_fits
+from memory import MEMORY_ONLY, check_fits
 from model import DTYPES, add_lora, check_dtype, load, merged, without_lora
 from optimizer import MasterAdamW, clip_gradients
 from plots import plot_run
@@ -125,7 +125,7 @@ class Config:
 
 
 # what may change when a run is resumed, since it changes memory and speed and not the algorithm
-CHANGEABLE = ("micro_batch_tokens", "slots", "activation_checkpointing", "device")
+CHANGEABLE = (*MEMORY_ONLY, "device")
 
 
 @contextmanager
