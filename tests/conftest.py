@@ -1,6 +1,27 @@
-"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory."""
+"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; a model that many use."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The directory of a random model of one layer over the corpus's vocabulary, a little sharper than new weights."""
+    import torch
+
+    import sft
+    from model import save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sft.TINY_MODELS, "test", TINY)
+        model, tokenizer = sft.new_model("test", seed=0)
+    with torch.no_grad():
+        model.model["embed_tokens"].weight *= 5
+    save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
+    return directory

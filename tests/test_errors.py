@@ -20,11 +20,10 @@ import evaluate
 import run_folder
 import sft
 import train_countdown
+from conftest import TINY
 from model import load, save
 
 ROOT = Path(train_countdown.__file__).parent
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16)
 QUICK = ("--steps", "4", "--batch-size", "16", "--group-size", "4", "--max-new-tokens", "16", "--eval-n", "8",
          "--eval-every", "100", "--save-every", "1")
 

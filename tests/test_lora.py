@@ -13,7 +13,7 @@ import train_countdown
 from model import Linear, Model, add_lora, init_weights, load, lora_layers, merged, save, without_lora
 from optimizer import MasterAdamW
 from test_model import CONFIGS, IDS, SMALL, logits_of
-from test_training import (Killed, assert_equal_weights, base, call, interrupt, quiet_machine, rows_of,  # noqa: F401
+from test_training import (Killed, assert_equal_weights, call, interrupt, quiet_machine, rows_of,  # noqa: F401
                            train, weights)
 
 RANK, ALPHA = 4, 8.0

@@ -30,14 +30,10 @@ sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 
 import directories
 import run_folder
-import sft
 import train_countdown
-from model import save
 
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16)
 # 3 groups of 4: of two processes one takes a group and the other takes two
 FLAGS = ("--steps", 3, "--batch-size", 12, "--group-size", 4, "--max-new-tokens", 24, "--learning-rate", 3e-3,
          "--warmup-steps", 1, "--micro-batch-tokens", 128, "--eval-n", 4, "--eval-every", 100, "--save-every", 100,
@@ -206,18 +202,6 @@ def torchrun(*flags, mishap=nothing):
         yield process
     finally:
         process.kill()  # the two end themselves after LIMIT, if they are still there
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The directory of a random model of one layer, a little sharper than new weights are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sft.TINY_MODELS, "test", TINY)
-        model, tokenizer = sft.new_model("test", seed=0)
-    with torch.no_grad():
-        model.model["embed_tokens"].weight *= 5
-    save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
-    return directory
 
 
 @pytest.fixture(scope="module")

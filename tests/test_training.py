@@ -18,24 +18,11 @@ import corpus
 import run_folder
 import sft
 import train_countdown
+from conftest import TINY
 from countdown import Puzzle, is_held_out
-from model import load, save
+from model import load
 
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The directory of a random model over the corpus's vocabulary, a little sharper than new weights are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sft.TINY_MODELS, "test", TINY)
-        model, tokenizer = sft.new_model("test", seed=0)
-    with torch.no_grad():
-        model.model["embed_tokens"].weight *= 5
-    save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
-    return directory
 
 
 @pytest.fixture(autouse=True)
