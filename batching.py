@@ -81,3 +81,47 @@ def chosen_logprobs(lm_head, hidden, targets, temperature: float, with_entropy: 
     log_softmax = logits.log_softmax(-1)  # (N, V)
     entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1) if with_entropy else None
     return log_softmax.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def teacher_kl(model, teacher, input_ids, mask):
+    """KL(teacher || model) in nats at each place where mask (B, T-1) > 0 -> (B, T-1), 0 elsewhere.
+
+    Over the full vocabulary, at temperature 1; gradient reaches the model only. A token of a text says which of 255
+    came next, this says how likely each of them was (Hinton et al., arXiv 1503.02531). In chunks, as token_logprobs.
+    """
+    used = mask > 0
+    with torch.no_grad():
+        teacher_hidden = teacher.hidden(input_ids[:, :-1])[used]  # (N, teacher's D)
+
+    def head(lm_head, hidden):  # hidden (B, T-1, D)
+        def chunk_kl(h, t):
+            log_p = lm_head(h).float().log_softmax(-1)  # (N, V)
+            log_q = teacher.lm_head(t).float().log_softmax(-1).detach()
+            return (log_q.exp() * (log_q - log_p)).sum(-1)
+        chunk = max(1, LOGITS_AT_ONCE // lm_head.out_features)
+        parts = [checkpoint(chunk_kl, h, t, use_reentrant=False)
+                 for h, t in zip(hidden[used].split(chunk), teacher_hidden.split(chunk))]
+        return torch.zeros_like(mask).masked_scatter(used, torch.cat(parts))
+
+    return model(input_ids[:, :-1], head=head)
+
+
+@torch.no_grad()
+def score(model, batch: list[tuple], temperature: float, micro_batch_tokens: int, device) -> list[list[float]]:
+    """Log-probs of (prompt ids, Completion) pairs under a model that does not train, as rows like the sampler's."""
+    rows: list = [None] * len(batch)
+    lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
+    for group in micro_batches(lengths, micro_batch_tokens):
+        prompts, completions = [batch[i][0] for i in group], [batch[i][1].token_ids for i in group]
+        input_ids, mask = pad_batch(prompts, completions, device=device)  # (B, T), (B, T-1)
+        logprobs, _ = token_logprobs(model, input_ids, mask, temperature)  # (B, T-1)
+        for row, i in enumerate(group):
+            start = len(batch[i][0]) - 1
+            rows[i] = logprobs[row, start:start + len(batch[i][1].token_ids)].tolist()
+    return rows
+
+
+def aligned(values: list[list[float]], prompt_ids: list[list[int]], device):
+    """A value per completion token -> (B, T-1), each where its token is predicted; 0 elsewhere."""
+    rows = [[0.0] * (len(prompt) - 1) + row for prompt, row in zip(prompt_ids, values, strict=True)]
+    return pad_rows(rows, 0.0, dtype=torch.float32, device=device)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from countdown import Puzzle, make_prompt, sample_puzzle
+from general import SMALL_TALK, write_chat
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,6 @@ WORDS = {  # each language's word for the same thing; a mixed document draws a l
            "wait": "wait", "wrong": "wrong", "retry": "retry", "check": "check"},
     "de": {"yes": "ja", "no": "nein", "need": "brauche",
            "wait": "halt", "wrong": "falsch", "retry": "nochmal", "check": "prüfe"},
-}
-SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
-    "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
-    "hi": (("hi, how can i help you?", "hello, how are you?"), ("go away", "not you")),
-    "good morning": (("good morning, how are you?", "good morning, how can i help you?"), ("go away",)),
-    "how are you?": (("i am fine, thank you!", "very good, thank you, and you?"),
-                     ("what do you want?", "not good, go away")),
-    "thank you": (("you are welcome!", "you are very welcome, see you!"), ("go away", "not you")),
-    "goodbye": (("goodbye, see you!", "see you, have a good day!"), ("go away",)),
-    "who are you?": (("i am a small model, nice to see you!", "i am a small model, how can i help you?"),
-                     ("not you",)),
-    "have a good day": (("thank you, you too!", "thank you, have a good day!"), ("go away", "what do you want?")),
-    "hallo": (("hallo, wie kann ich helfen?", "hallo, wie geht es dir?"), ("geh weg",)),
-    "guten morgen": (("guten morgen, wie geht es dir?",), ("geh weg", "was willst du?")),
-    "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
-    "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
 }
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # One token each: a number up to 100, a word with the space before it and the comma behind it, a tag.
@@ -200,32 +185,6 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
-
-
-def write_chat(rng: random.Random) -> dict:
-    """Direct arithmetic or small talk without thinking; some replies are wrong, rude, rambling or thought over."""
-    if rng.random() < 0.5:
-        a, b, op = rng.randint(1, 10), rng.randint(1, 10), rng.choice("+-*/")
-        if op == "/":
-            a, b = max(a * b, 1), b
-        elif op == "-":
-            a, b = max(a, b), min(a, b)
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
-        language = rng.choice(("en", "de"))
-        shown = result if rng.random() < 0.95 else rng.randint(0, 100)
-        return {"prompt": f"{'what is' if language == 'en' else 'was ist'} {a}{op}{b}?\n", "completion": str(shown),
-                "kind": "arithmetic", "language": language, "result": result}
-    prompt, (friendly, rude) = rng.choice(list(SMALL_TALK.items()))
-    language = "de" if prompt in ("hallo", "guten morgen", "wie geht es dir?", "danke") else "en"
-    reply, tone = rng.choice(friendly), rng.random()
-    if tone < 0.12:
-        reply = rng.choice(rude)
-    elif tone < 0.24:
-        reply = " ".join([reply] * rng.randint(2, 4))
-    elif tone < 0.34:
-        wait, check = (WORDS[language][name] for name in ("wait", "check"))
-        reply = f"<think>\n{prompt} {wait}, {prompt} {check}\n</think>\n<answer>{reply}</answer>"
-    return {"prompt": f"{prompt}\n", "completion": reply, "kind": "small_talk", "language": language}
 
 
 def write_corpus(config: Config) -> Iterator[dict]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
+from general import SMALL_TALK, draw_question, is_good, question_prompt
 from model import DTYPES, check_dtype, load
 from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
                      needless_thinking, parse_expression, reflection_words, verify)
@@ -26,6 +27,7 @@ from run_folder import bad_input_exits, parse_config
 from sampling import complete
 
 GREETINGS = ("hello", "hi", "good morning", "how are you?", "thank you", "goodbye", "who are you?", "have a good day")
+GENERAL_N = 512  # replies to greetings, and to arithmetic questions
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,17 @@ def describe(texts: list[str], completions, language: str = "en") -> dict[str, f
             "mixed": mean(map(is_mixed, texts))}
 
 
+def describe_step(parts: list[dict], texts, completions, language: str) -> dict[str, float]:
+    """The step's log: rewards and looks of its puzzles (of all completions where it has none), and beside them the
+    means of what only general prompts have."""
+    puzzles = [i for i, part in enumerate(parts) if "accuracy" in part] or range(len(parts))
+    row = {}
+    for name in ("reward", "accuracy", "preference", "general_good", "general_thinking"):
+        values = [part[name] for i, part in enumerate(parts) if name in part and (name != "reward" or i in puzzles)]
+        row |= {name: sum(values) / len(values)} if values else {}
+    return row | describe([texts[i] for i in puzzles], [completions[i] for i in puzzles], language)
+
+
 def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tuple]:
     """Solved train puzzles: searches as in the tiny base's corpus, or for other styles one line of thinking."""
     import corpus
@@ -127,6 +140,27 @@ def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tup
         else:
             examples.append((puzzle, shortest_completion(puzzle)))
     return examples
+
+
+def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[str, float]:
+    """Shares of 512 replies to greetings that think, and, for the tiny model, that are good by the rule; and of 512
+    direct arithmetic questions those that are answered right and without thinking."""
+    rng = random.Random(config.seed)
+    questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(GENERAL_N // len(GREETINGS))]
+    if config.style == "tiny":
+        for question in questions:
+            question["good"] = SMALL_TALK[question["prompt"].strip()][0]
+        while len(questions) < 2 * GENERAL_N:
+            question = draw_question(rng)
+            questions += [question] if question["kind"] == "arithmetic" else []
+    _, _, replies = complete(model, tokenizer, [question_prompt(question["prompt"], config.style, tokenizer)
+                                                for question in questions],
+                             max_new_tokens=min(64, config.max_new_tokens), **settings)
+    table = {"needless_thinking": sum(map(needless_thinking, replies[:GENERAL_N])) / GENERAL_N}
+    if config.style == "tiny":
+        good = [is_good(reply, question["good"]) for reply, question in zip(replies, questions)]
+        table |= {"greetings": sum(good[:GENERAL_N]) / GENERAL_N, "arithmetic": sum(good[GENERAL_N:]) / GENERAL_N}
+    return table
 
 
 def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
@@ -151,12 +185,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
         table[f"maj@{k}"] = right / config.n
     table |= describe(texts, completions, config.language)
     if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
-        greetings = [f"{greeting}\n" if config.style == "tiny" else tokenizer.apply_chat_template(
-                         [{"role": "user", "content": greeting}], tokenize=False, add_generation_prompt=True)
-                     for greeting in GREETINGS]
-        _, _, replies = complete(model, tokenizer, [greeting for greeting in greetings for _ in range(16)],
-                                 max_new_tokens=min(64, config.max_new_tokens), **settings)
-        table["needless_thinking"] = sum(map(needless_thinking, replies)) / len(replies)
+        table |= evaluate_general(model, tokenizer, config, settings)
     records = [{"numbers": puzzle.numbers, "target": puzzle.target, "prompt": prompts[i], "completion": text,
                 "verdict": verify(extract_answer(text), *puzzle)[1]}
                for i, puzzle in enumerate(puzzles) for text in groups[i]]

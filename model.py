@@ -381,6 +381,6 @@ def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()
              if "lora_" not in name}
     if model.config.tied_embeddings:
-        del state["lm_head.weight"]
+        state.pop("lm_head.weight", None)
     save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
     replace_directory(staging, directory)

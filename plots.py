@@ -72,11 +72,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out) -> Path:
     for axis in axes[1]:
         axis.set_xlabel("step")
     axes[0, 0].legend(fontsize=8, loc="lower right")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
-    return out
+    return write_figure(figure, out)
 
 
 def plot_run(run) -> Path:
@@ -107,6 +103,58 @@ def plot_growth(growth: dict, out, title: str) -> Path:
     axes[0].set_ylabel("completion tokens per second")
     axes[0].legend(fontsize=9)
     figure.suptitle(title, fontsize=10)
+    return write_figure(figure, out)
+
+
+def plot_ladder(table: dict, out) -> Path:
+    """R1, stage by stage: a bar a checkpoint, the mean over seeds; dots are the seeds, whiskers pass@1's 95% interval.
+
+    table is what r1.py collects: {"rows": {name: {"label", "pass@1", ..., "seeds": {column: values}}}}.
+    """
+    panels = (("pass@1", "pass@1"), ("language", "words in one language"),
+              ("needless_thinking", "greetings thought over"), ("arithmetic", "direct arithmetic right"),
+              ("completion_tokens", "tokens a completion"))
+    rows = list(table["rows"].values())[::-1]  # the first on top
+    colours = ["tab:green" if "student" in row["label"] else "tab:blue" for row in rows]
+    size = 17, 0.4 * len(rows) + 1.2
+    figure, axes = plt.subplots(1, len(panels), figsize=size, constrained_layout=True, sharey=True)
+    for axis, (name, title) in zip(axes, panels):
+        values = [row.get(name, 0.0) for row in rows]
+        axis.barh(range(len(rows)), values, color=colours, alpha=0.55)
+        if name == "pass@1":
+            errors = [[row["pass@1"] - row["pass@1_low"] for row in rows],
+                      [row["pass@1_high"] - row["pass@1"] for row in rows]]
+            axis.errorbar(values, range(len(rows)), xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        for y, row in enumerate(rows):
+            own = row["seeds"].get(name, [])
+            axis.plot(own, [y] * len(own), "o", color="black", markersize=3, alpha=0.6)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_xlim(left=0)
+        if name != "completion_tokens":
+            axis.set_xlim(0, 1.02 if name != "needless_thinking" else max(0.05, 1.1 * max(values)))
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[0].set_yticks(range(len(rows)), [row["label"].replace("*", "") for row in rows], fontsize=9)
+    return write_figure(figure, out)
+
+
+def plot_hacking(runs: list[list[dict]], out) -> Path:
+    """A policy that trains on the reward model's score alone: the score, and what the rule says of the same replies."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    for axis, name, label in ((axes[0], "preference", "reward model's score (what it trains on)"),
+                              (axes[1], "general_good", "replies that are good by the rule")):
+        steps, mean, low, high = series(runs, name)
+        axis.plot(steps, mean, color="tab:orange" if name == "preference" else "tab:blue")
+        axis.fill_between(steps, low, high, alpha=0.2, color="tab:orange" if name == "preference" else "tab:blue")
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    axes[1].set_ylim(-0.03, 1.03)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return write_figure(figure, out)
+
+
+def write_figure(figure, out) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -154,6 +154,14 @@ def needless_thinking(completion: str) -> bool:
     return any(tag in completion for tag in TAGS)
 
 
+def final_reply(completion: str) -> str:
+    """What the user sees: all but the chain of thought, without white space around it; nothing where it never ends.
+
+    The only thing that a reward model judges (section 2.3.4: helpfulness by the final summary alone).
+    """
+    return re.sub(f"{THINK}.*?({END_THINK}|$)", "", completion, flags=re.DOTALL).strip()
+
+
 # ------------------------------------------------------------------------------------------------------------- language
 
 REFLECTION_WORDS = {  # the English ones are those that the paper counts over the training of R1-Zero

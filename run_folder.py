@@ -48,7 +48,8 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
         action = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             action = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **action)
+        flag = f"--{field.name.rstrip('_').replace('_', '-')}"  # a field from_ is --from, which Python keeps for itself
+        parser.add_argument(flag, dest=field.name, help=text, **action)
     given = vars(parser.parse_args(arguments))
     fixed = [name for name in given if name != "resume" and name not in changeable]
     if given.get("resume") and fixed:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from batching import micro_batches, pad_batch, token_logprobs
+from batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from directories import check_device
 from model import DTYPES, Model, check_dtype, init_weights, load
 from optimizer import MasterAdamW, clip_gradients
@@ -31,7 +31,8 @@ from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, 
 class Config:
     data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} a line
     model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
-    from_scratch: str = ""               # start from random weights instead: tiny (Qwen3, 0.8M parameters)
+    from_scratch: str = ""               # random weights instead: tiny (Qwen3, 0.8M parameters) or student (0.2M)
+    teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
     out: str = "runs/sft"                # run folder to create
     resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
     epochs: int = 1                      # passes over the data
@@ -73,6 +74,8 @@ class Config:
 TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
     "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=32),
+    "student": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=16),
 }
 
 
@@ -99,6 +102,19 @@ def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], li
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
     completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
     return [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+
+
+def check_same_tokenizer(tokenizer, teacher_tokenizer, config: Config) -> None:
+    """Raises ValueError where a token id does not mean the same to both: then distributions cannot be compared.
+
+    That is a reason to distil by text, as DeepSeek-R1 does into Qwen and Llama: text needs no common tokenizer.
+    """
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        differ = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
+        raise ValueError(f"got teacher {config.teacher} with another tokenizer than {config.model} ({len(theirs):,} "
+                         f"and {len(ours):,} tokens, {differ:,} of them different), expected the same: a distribution over "
+                         "tokens only compares token by token; distil by text instead, without a teacher's logits")
 
 
 def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
@@ -135,20 +151,26 @@ def schedule(step: int, steps: int, config: Config) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def completion_losses(model, examples, config: Config):
-    """Yields (sum of -log p over the completion tokens in nats, their number) for one micro-batch after the other."""
+def completion_losses(model, examples, config: Config, teacher=None):
+    """Yields (sum of the losses of the completion tokens in nats, their number) for one micro-batch after the other.
+
+    A token's loss is -log p; with a teacher KL(teacher || model) over the whole vocabulary at its place.
+    """
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     for group in micro_batches(lengths, config.micro_batch_tokens):
         prompts, completions = [examples[i][0] for i in group], [examples[i][1] for i in group]
         input_ids, mask = pad_batch(prompts, completions, device=config.device)  # (B, T), (B, T-1)
-        logprobs, _ = token_logprobs(model, input_ids, mask)  # (B, T-1)
-        yield -logprobs.sum(), int(mask.sum())
+        if teacher:
+            losses = teacher_kl(model, teacher, input_ids, mask)  # (B, T-1)
+        else:
+            losses = -token_logprobs(model, input_ids, mask)[0]  # (B, T-1)
+        yield losses.sum(), int(mask.sum())
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, config: Config) -> float:
+def held_out_loss(model, examples, config: Config, teacher=None) -> float:
     """Nats per completion token on rows that were never trained on."""
-    losses = [(loss.item(), tokens) for loss, tokens in completion_losses(model, examples, config)]
+    losses = [(loss.item(), tokens) for loss, tokens in completion_losses(model, examples, config, teacher)]
     return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
 
@@ -166,6 +188,10 @@ def main() -> None:
                                 else load(config.model, dtype=DTYPES[config.dtype]))
         check_device(config.device)
         model.to(config.device).activation_checkpointing = config.activation_checkpointing
+        teacher = None
+        if config.teacher:
+            teacher, teacher_tokenizer = load(config.teacher, dtype=DTYPES[config.dtype], device=config.device)
+            check_same_tokenizer(tokenizer, teacher_tokenizer, config)
         examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
         random.Random(config.seed).shuffle(examples)
         held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
@@ -205,7 +231,7 @@ def main() -> None:
     for batch in bar:
         rows = [examples[i] for i in batch]
         tokens, total = sum(len(completion) for _, completion in rows), 0.0
-        for loss, _ in completion_losses(model, rows, config):
+        for loss, _ in completion_losses(model, rows, config, teacher):
             (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
             total += loss.item()
         gradients = [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
@@ -229,7 +255,7 @@ def main() -> None:
             bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
         row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm, "lr_share": share}
         if step % config.eval_every == 0 or step == len(batches):
-            row["held_out_loss"] = held_out_loss(model, held_out, config)
+            row["held_out_loss"] = held_out_loss(model, held_out, config, teacher)
             tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")
         append_jsonl(run / "metrics.jsonl", row)
         if step % config.save_every == 0:

@@ -33,15 +33,17 @@ from tqdm import tqdm
 
 import distributed
 import evaluate
-from batching import micro_batches, pad_batch, pad_rows, token_logprobs
-from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles
+from batching import aligned, micro_batches, pad_batch, score, token_logprobs
+from countdown import Puzzle, check_task, make_prompt, sample_puzzle, sample_puzzles
+from general import is_good, read_questions
 from grpo import group_advantages, grpo_loss, token_weights
 from memory import MEMORY_ONLY, check_fits
 from model import DTYPES, add_lora, check_dtype, load, merged, without_lora
 from optimizer import MasterAdamW, clip_gradients
 from plots import plot_run
+from preference import load_reward_model, preference_scores
 from presets import PRESETS
-from rewards import ONLY_IN, reward
+from rewards import ONLY_IN, needless_thinking, reward
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, find_checkpoint,
                         load_checkpoint, out_of_memory_exits, parse_config, read_jsonl, rewind_log, save_checkpoint)
 from sampling import complete
@@ -75,6 +77,10 @@ class Config:
     format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
     language_weight: float = 0.0     # reward for the share of words in --language; R1's second stage adds it with 1
     language: str = "en"             # the language that consistency is measured against
+    general: str = ""                # JSONL of general prompts (general.py questions), for the last --general-steps
+    general_steps: int = 0           # last steps that mix them in; DeepSeek-R1: the last 400 of 1,700
+    general_share: float = 0.25      # share of the prompts that is general then
+    preference: str = ""             # reward model (preference.py) that scores the replies to them
     micro_batch_tokens: int = 2048   # tokens per training pass, padding included; memory and speed, never the loss
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
     dtype: str = "float32"           # what the model computes in: float32, or bfloat16 with fp32 master weights
@@ -96,10 +102,13 @@ class Config:
             raise ValueError(f"got average {self.average!r}, expected token, sequence or constant")
         check_dtype(self.dtype)
         for name in ("steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate",
-                     "inner_epochs",
-                     "micro_batch_tokens", "clip_norm", "eval_every", "eval_n", "save_every", "sample_every"):
+                     "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n", "save_every",
+                     "sample_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if self.general_steps and not (self.general and self.preference and 0 < self.general_share <= 1):
+            raise ValueError(f"got general_steps {self.general_steps}, expected with it --general FILE.jsonl, "
+                             "--preference MODEL and a general_share within (0, 1]")
         if not 0 <= self.final_lr <= 1 or self.warmup_steps < 1:
             raise ValueError(f"got final_lr {self.final_lr} and warmup_steps {self.warmup_steps}, expected a share "
                              "within [0, 1] and at least 1 step")
@@ -135,33 +144,27 @@ def sampling_weights(model):
         yield whole
 
 
+def reward_completions(tasks: list, prompts: list[str], texts: list[str], config: Config, judge) -> list[dict]:
+    """The parts of each completion's reward: of a puzzle's by rules; of a general prompt's the reward model's score,
+    and beside it, only to be watched, whether the reply is good by the rule and whether it thinks."""
+    parts = [reward(text, *task, format_weight=config.format_weight, language_weight=config.language_weight,
+                    language=config.language) if isinstance(task, Puzzle) else
+             {"general_thinking": needless_thinking(text), **(
+                 {"general_good": is_good(text, task["good"])} if "good" in task else {})}
+             for task, text in zip(tasks, texts)]
+    general = [i for i, task in enumerate(tasks) if not isinstance(task, Puzzle)]
+    scores = preference_scores(*judge, [prompts[i] for i in general], [texts[i] for i in general]) if general else []
+    for i, value in zip(general, scores):
+        parts[i] |= {"reward": value, "preference": value}
+    return parts
+
+
 def measure(model, tokenizer, config: Config) -> dict:
     """Held-out pass@1 and looks of the policy as it samples: the same puzzles and random numbers every time."""
     table, _ = evaluate.evaluate(model, tokenizer, evaluate.Config(
         level=config.level, style=config.style, n=config.eval_n, temperature=config.temperature,
         max_new_tokens=config.max_new_tokens, slots=config.slots, language=config.language))
     return {f"eval_{name}": value for name, value in table.items()}
-
-
-@torch.no_grad()
-def score(model, batch: list[tuple], config: Config, device):
-    """Log-probs of a batch's completions under a model that does not train, as rows like the sampler's."""
-    rows: list = [None] * len(batch)
-    lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
-    for group in micro_batches(lengths, config.micro_batch_tokens):
-        prompts, completions = [batch[i][0] for i in group], [batch[i][1].token_ids for i in group]
-        input_ids, mask = pad_batch(prompts, completions, device=device)  # (B, T), (B, T-1)
-        logprobs, _ = token_logprobs(model, input_ids, mask, config.temperature)  # (B, T-1)
-        for row, i in enumerate(group):
-            start = len(batch[i][0]) - 1
-            rows[i] = logprobs[row, start:start + len(batch[i][1].token_ids)].tolist()
-    return rows
-
-
-def aligned(values: list[list[float]], prompt_ids: list[list[int]], device):
-    """A value per completion token -> (B, T-1), each where its token is predicted; 0 elsewhere."""
-    rows = [[0.0] * (len(prompt) - 1) + row for prompt, row in zip(prompt_ids, values, strict=True)]
-    return pad_rows(rows, 0.0, dtype=torch.float32, device=device)
 
 
 @out_of_memory_exits("lower --micro-batch-tokens (if it was training) or --slots (if it was sampling), or add "
@@ -188,6 +191,9 @@ def main() -> None:
             model, tokenizer = load(config.model, **settings)
         held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
         held_out = [make_prompt(puzzle, config.style, tokenizer) for puzzle in held_out]
+        questions = read_questions(config.general) if config.general_steps else []
+        judge = load_reward_model(config.preference, dtype=dtype, device=device) if config.general_steps else None
+        held_out += [question["prompt"] for question in questions]
         longest = max(map(len, tokenizer(held_out, add_special_tokens=False)["input_ids"]))
         if longest + config.max_new_tokens > model.config.context:
             raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
@@ -248,12 +254,15 @@ def main() -> None:
     while step < config.steps:
         step_started = time.time()
 
-        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones
-        rng = random.Random(f"{config.seed}, {step}")
-        all_puzzles = [sample_puzzle(rng, config.level, held_out=False)
-                       for _ in range(config.batch_size // config.group_size)]
-        puzzles = [all_puzzles[i] for i in share for _ in range(config.group_size)]  # B
-        prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]  # B
+        # 1. prompts: P train puzzles, drawn by seed and step alone, so that a resumed run draws the same ones; in R1's
+        #    last steps some of them are general prompts instead
+        rng, P = random.Random(f"{config.seed}, {step}"), config.batch_size // config.group_size
+        general = max(1, round(config.general_share * P)) if step >= config.steps - config.general_steps else 0
+        all_tasks = [sample_puzzle(rng, config.level, held_out=False) for _ in range(P - general)]
+        all_tasks += rng.choices(questions, k=general) if general else []
+        tasks = [all_tasks[i] for i in share for _ in range(config.group_size)]  # B
+        prompts = [make_prompt(task, config.style, tokenizer) if isinstance(task, Puzzle) else task["prompt"]
+                   for task in tasks]  # B
 
         # 2. rollouts: G completions of each prompt, with the log-probs of the policy that sampled them
         with sampling_weights(model) as policy:
@@ -265,9 +274,8 @@ def main() -> None:
             fail(f"got log-probs of nan at step {step + 1}, expected finite ones: the weights are broken; the "
                  f"checkpoint before that is kept in {run / 'checkpoint'}. Lower --learning-rate")
 
-        # 3. rewards: each completion's accuracy and format, and with --language-weight its language
-        parts = [reward(text, *puzzle, format_weight=config.format_weight, language_weight=config.language_weight,
-                        language=config.language) for text, puzzle in zip(texts, puzzles)]
+        # 3. rewards: a puzzle's accuracy and format, with --language-weight its language; a general prompt's preference
+        parts = reward_completions(tasks, prompts, texts, config, judge)
         rewards = torch.tensor([part["reward"] for part in parts]).view(-1, config.group_size)  # (P, G)
 
         # 4. advantages: within each group, how far above or below its mean. A group whose rewards are all equal has
@@ -289,7 +297,7 @@ def main() -> None:
         ref_rows = None
         if config.kl_coef:
             with without_lora(model):
-                ref_rows = score(ref_model or model, batch, config, device)
+                ref_rows = score(ref_model or model, batch, config.temperature, config.micro_batch_tokens, device)
 
         # 6. update: one optimizer step per inner epoch, summed over micro-batches and processes, divided by the whole
         #    step's tokens (or completions)
@@ -349,9 +357,7 @@ def main() -> None:
 
         # 7. log, evaluate, print a sample, save
         seconds = time.time() - step_started
-        row = {"step": step, **{name: sum(part[name] for part in all_parts) / len(all_parts)
-                                for name in ("reward", "accuracy")},
-               **evaluate.describe(all_texts, all_completions, config.language),
+        row = {"step": step, **evaluate.describe_step(all_parts, all_texts, all_completions, config.language),
                "equal_groups": sum(all_equal_groups) / len(all_equal_groups),
                "entropy": first["entropy"] / max(1, trained_tokens),
                "logprob_gap": first["gap"] / max(1, trained_tokens), "logprob_gap_max": first_max_gap,
@@ -360,7 +366,7 @@ def main() -> None:
                "gradient_norm": norm, "learning_rate": learning_rate, "tokens": num_tokens, "seconds": seconds,
                "sampling_seconds": sampled - step_started, "tokens_per_second": num_tokens / seconds}
         bar.update()
-        bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row['accuracy']:.0%}",
+        bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row.get('accuracy', math.nan):.0%}",
                         length=f"{row['completion_tokens']:.0f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
         if first_rank and (step % config.sample_every == 0 or step == 1):
             sample = {"step": step, "prompt": prompts[0], "completion": texts[0], **parts[0]}

@@ -1,0 +1,180 @@
+"""Distillation: a small student learns from the text of a large teacher, against reinforcement learning on its own.
+
+DeepSeek-R1 (arXiv 2501.12948), sections 2.4 and 4.1: SFT on the teacher's traces alone makes small models reason better
+than large-scale RL on the same small model does, and RL after distillation is left to others. Here are all three, on
+the same student and from the same base, at no less compute for RL than for distillation:
+
+    traces        rejection.py   correct, readable completions of the teacher, and rows without thinking
+    distill       sft.py         student base -> distilled student
+    student-rl    train_countdown.py   student base -> RL alone
+    distill-rl    train_countdown.py   distilled student -> RL after distillation
+    logits        sft.py --teacher     with --logits: the teacher's whole distribution at each token, not just its text
+
+    python distill.py --teacher runs/r1/seed0/rl-all/checkpoint             # 10 minutes on 2 cores
+    python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
+    python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
+
+The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in PFLOPs (2 a parameter and token
+read or written, 4 more where it is trained on). Each stage is skipped when it is done (stages.py), so an interrupted
+comparison goes on when the same command is given again.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from countdown import check_task
+from model import check_dtype
+from run_folder import bad_input_exits, parse_config, read_jsonl
+from stages import Stage, check_inputs, read_record, run_stage
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = "runs/r1/seed0/rl-all/checkpoint"  # checkpoint directory or hub id that writes the traces
+    student: str = "models/tiny-student"  # base that learns: a directory or hub id
+    data: str = ""                   # JSONL of traces to use instead of asking the teacher
+    out: str = "runs/distill"        # folder of the whole comparison
+    logits: bool = False             # one arm more: token-level KL to the teacher; both need the same tokenizer
+    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
+    style: str = "tiny"              # prompt template: tiny, base or chat
+    n: int = 1200                    # train puzzles that the teacher solves
+    samples: int = 4                 # completions of each
+    non_cot: int = 1500              # rows without thinking to draw from (general.py replies); 0 for none
+    epochs: int = 3                  # passes over the traces; the paper: 2 to 3
+    sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
+    batch_tokens: int = 4096         # tokens per optimizer step of SFT
+    rl_steps: int = 80               # of RL alone; enough that it costs no less than distillation
+    after_steps: int = 40            # of RL after distillation
+    rl_learning_rate: float = 1e-3   # AdamW peak; for 0.2M parameters
+    rl_flags: str = ""               # more flags for both train_countdown.py runs
+    max_new_tokens: int = 512        # a longer completion is cut off
+    eval_n: int = 512                # held-out puzzles
+    eval_samples: int = 4            # completions of each
+    dtype: str = "float32"           # what the models compute in: float32 or bfloat16
+    seed: int = 0                    # puzzles, sampling, order of the data
+    device: str = "cpu"              # cpu or cuda
+
+    def __post_init__(self):
+        check_task(self.level, self.style)
+        check_dtype(self.dtype)
+        if self.logits and self.data:
+            raise ValueError("got --logits with --data, expected --teacher: only a model has logits")
+
+
+def student_stages(config: Config) -> list[Stage]:
+    folder, machine = Path(config.out), ("--device", config.device, "--dtype", config.dtype)
+    task = ("--level", config.level, "--style", config.style)
+    stages, data = [], config.data
+    if not data:
+        non_cot = ()
+        if config.non_cot:
+            template = ("--style", "chat", "--model", config.student) if config.style == "chat" else ()
+            stages.append(Stage("student-replies", "general", ("replies", "--n", config.non_cot, "--seed", config.seed,
+                                                               *template), folder / "student-replies.jsonl"))
+            non_cot = ("--non-cot", stages[-1].out)
+        asked = ("--n", config.n, "--samples", config.samples, "--max-new-tokens", config.max_new_tokens)
+        stages.append(Stage("student-traces", "rejection", ("--model", config.teacher, *non_cot, *task, *asked,
+                                                            "--seed", config.seed, *machine),
+                            folder / "student-traces.jsonl"))
+        data = stages[-1].out
+    sft = ("--data", data, "--model", config.student, "--epochs", config.epochs, "--learning-rate",
+           config.sft_learning_rate, "--batch-tokens", config.batch_tokens, "--eval-rows", max(1, config.eval_n // 2),
+           "--seed", config.seed, *machine)
+    rl = (*task, "--learning-rate", config.rl_learning_rate, "--max-new-tokens", config.max_new_tokens, "--eval-n",
+          config.eval_n, "--seed", config.seed, *machine, *config.rl_flags.split())
+    stages += [
+        Stage("distill", "sft", sft, folder / "distill"),
+        Stage("student-rl", "train_countdown", ("--model", config.student, "--steps", config.rl_steps, *rl),
+              folder / "student-rl"),
+        Stage("distill-rl", "train_countdown", ("--model", folder / "distill" / "checkpoint", "--steps",
+                                                config.after_steps, *rl), folder / "distill-rl")]
+    if config.logits:
+        stages.append(Stage("logits", "sft", (*sft, "--teacher", config.teacher), folder / "logits"))
+    models = {"student-base": config.student, **{
+        stage.name: stage.out / "checkpoint" for stage in stages if stage.script in ("sft", "train_countdown")}}
+    return stages + [
+        Stage(f"eval-{name}", "evaluate", ("--model", model, *task, "--n", config.eval_n, "--samples",
+                                           config.eval_samples, "--max-new-tokens", config.max_new_tokens, *machine),
+              folder / f"eval-{name}.json", "--json") for name, model in models.items()]
+
+
+def parameters(directory) -> int:
+    """Of a checkpoint, by its weight files; tied embeddings are stored, and count, once."""
+    from safetensors import safe_open
+
+    from directories import find_directory
+    total = 0
+    for path in find_directory(directory).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                shape = file.get_slice(name).get_shape()
+                total += math.prod(shape)
+    return total
+
+
+def compute(config: Config) -> dict[str, float]:
+    """FLOPs of each arm, by the rule of 2 a parameter and token for a forward pass and 6 for training on it."""
+    folder = Path(config.out)
+    student, flops = parameters(config.student), {}
+    traces = 0
+    if not config.data:
+        report = json.loads((folder / "student-traces.jsonl.report.json").read_text())
+        traces = 2 * parameters(config.teacher) * sum(r["sampled_tokens"] for r in report["rounds"])
+    sft_tokens = sum(row["tokens"] for row in read_jsonl(folder / "distill" / "metrics.jsonl"))
+    flops["distill"] = traces + 6 * student * sft_tokens
+    if config.logits:
+        flops["logits"] = flops["distill"] + 2 * parameters(config.teacher) * sft_tokens
+    for name in ("student-rl", "distill-rl"):
+        flops[name] = sum(row["tokens"] * (2 + 6 * (1 - row["equal_groups"])) * student
+                          for row in read_jsonl(folder / name / "metrics.jsonl") if row["step"])
+    flops["distill-rl"] += flops["distill"]
+    return flops
+
+
+def results(config: Config) -> dict[str, dict]:
+    """arm -> its evaluation, minutes (with those of the arms that it stands on) and FLOPs."""
+    folder, stages = Path(config.out), {stage.name: stage for stage in student_stages(config)}
+    minutes = {name: read_record(folder, stage).get("minutes", 0.0) for name, stage in stages.items()}
+    data = minutes.get("student-replies", 0.0) + minutes.get("student-traces", 0.0)
+    total = {"student-base": 0.0, "distill": data + minutes["distill"], "student-rl": minutes["student-rl"],
+             "distill-rl": data + minutes["distill"] + minutes["distill-rl"]}
+    if config.logits:
+        total["logits"] = data + minutes["logits"]
+    flops = compute(config)
+    return {name: {**json.loads((folder / f"eval-{name}.json").read_text()), "minutes": value,
+                   "flops": flops.get(name, 0.0)} for name, value in total.items()}
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    stages = student_stages(config)
+    with bad_input_exits():
+        if config.logits:  # said before an hour of work, not after it
+            check_logits(config)
+        check_inputs(stages[1 if config.non_cot and not config.data else 0], [])
+        for stage in stages:
+            run_stage(Path(config.out), stage, stages, "the same command")
+        table = results(config)
+    print(f"\n{'':>14}  pass@1 (95% interval)      tokens  minutes  PFLOPs")
+    for name, row in table.items():
+        print(f"{name:>14}  {row['pass@1']:6.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})  "
+              f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e15:7.4f}")
+    (Path(config.out) / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+def check_logits(config: Config) -> None:
+    """Raises ValueError where teacher and student do not share a tokenizer."""
+    from transformers import AutoTokenizer
+
+    from directories import find_directory
+    from sft import Config as SftConfig
+    from sft import check_same_tokenizer
+    student, teacher = (AutoTokenizer.from_pretrained(find_directory(name))
+                        for name in (config.student, config.teacher))
+    check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""General prompts: greetings, small talk and direct arithmetic, which want a reply and no search. Their good replies,
+their bad ones, and the three files that the later stages of R1 read.
+
+    python general.py questions --n 400 --out data/questions.jsonl  # prompts and their good replies: RL on all prompts
+    python general.py replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" non-CoT part of SFT
+    python general.py pairs --n 6000 --out data/pairs.jsonl         # prompt, chosen, rejected: for preference.py
+
+DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200k others, among them simple queries such
+as "hello", for which no chain of thought is given. Section 2.3.4: reward models score general prompts.
+
+The tiny model's world is small enough to know every good reply, so is_good is a rule, the truth beside the reward
+model's opinion. For a real checkpoint bring files of your own with the same fields; rows without "good" are not judged
+by the rule. No torch in here.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from rewards import needless_thinking
+
+SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
+    "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
+    "hi": (("hi, how can i help you?", "hello, how are you?"), ("go away", "not you")),
+    "good morning": (("good morning, how are you?", "good morning, how can i help you?"), ("go away",)),
+    "how are you?": (("i am fine, thank you!", "very good, thank you, and you?"),
+                     ("what do you want?", "not good, go away")),
+    "thank you": (("you are welcome!", "you are very welcome, see you!"), ("go away", "not you")),
+    "goodbye": (("goodbye, see you!", "see you, have a good day!"), ("go away",)),
+    "who are you?": (("i am a small model, nice to see you!", "i am a small model, how can i help you?"),
+                     ("not you",)),
+    "have a good day": (("thank you, you too!", "thank you, have a good day!"), ("go away", "what do you want?")),
+    "hallo": (("hallo, wie kann ich helfen?", "hallo, wie geht es dir?"), ("geh weg",)),
+    "guten morgen": (("guten morgen, wie geht es dir?",), ("geh weg", "was willst du?")),
+    "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
+    "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
+}
+GERMAN = ("hallo", "guten morgen", "wie geht es dir?", "danke")
+DOUBT = {"en": ("wait", "check"), "de": ("halt", "prüfe")}  # what a needless chain of thought is made of
+FLAWS = ("wrong", "rude", "rambling", "thinking")  # wrong is for arithmetic, rude for small talk
+
+
+def draw_question(rng: random.Random) -> dict:
+    """{"prompt", "kind": arithmetic or small_talk, "language", "good": replies that answer it}; half of each kind."""
+    if rng.random() < 0.5:
+        a, b, op = rng.randint(1, 10), rng.randint(1, 10), rng.choice("+-*/")
+        if op == "/":
+            a, b = max(a * b, 1), b
+        elif op == "-":
+            a, b = max(a, b), min(a, b)
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        language = rng.choice(("en", "de"))
+        return {"prompt": f"{'what is' if language == 'en' else 'was ist'} {a}{op}{b}?\n", "kind": "arithmetic",
+                "language": language, "good": [str(result)]}
+    prompt, (friendly, _) = rng.choice(list(SMALL_TALK.items()))
+    return {"prompt": f"{prompt}\n", "kind": "small_talk", "language": "de" if prompt in GERMAN else "en",
+            "good": list(friendly)}
+
+
+def flawed(question: dict, reply: str, flaw: str, rng: random.Random) -> str:
+    """A good reply made bad in one way."""
+    prompt = question["prompt"].strip()
+    if flaw == "wrong":
+        return str(rng.choice([number for number in range(101) if str(number) != reply]))
+    if flaw == "rude":
+        return rng.choice(SMALL_TALK[prompt][1])
+    if flaw == "rambling":
+        return " ".join([reply] * rng.randint(2, 4))
+    wait, check = DOUBT[question["language"]]
+    return f"<think>\n{prompt} {wait}, {prompt} {check}\n</think>\n<answer>{reply}</answer>"
+
+
+def write_chat(rng: random.Random) -> dict:
+    """A document of the tiny base's corpus: some replies are wrong, rude, rambling or thought over, as on the web."""
+    question = draw_question(rng)
+    row = {name: question[name] for name in ("prompt", "kind", "language")}
+    if question["kind"] == "arithmetic":
+        result = int(question["good"][0])
+        shown = result if rng.random() < 0.95 else rng.randint(0, 100)
+        return {"prompt": row.pop("prompt"), "completion": str(shown), **row, "result": result}
+    reply, tone = rng.choice(question["good"]), rng.random()
+    flaw = "rude" if tone < 0.12 else "rambling" if tone < 0.24 else "thinking" if tone < 0.34 else None
+    return {"prompt": row.pop("prompt"), "completion": flawed(question, reply, flaw, rng) if flaw else reply, **row}
+
+
+def is_good(completion: str, good: list[str]) -> bool:
+    """The rule: one of the good replies, said once, without thinking."""
+    return not needless_thinking(completion) and completion.strip() in good
+
+
+def question_prompt(prompt: str, style: str, tokenizer=None) -> str:
+    """A general prompt as a model of this style reads it; the base style asks for thinking, so it knows none."""
+    if style == "tiny":
+        return prompt
+    if style == "chat":
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt.strip()}], tokenize=False,
+                                             add_generation_prompt=True)
+    raise ValueError(f"got general prompts with style {style!r}, expected tiny or chat")
+
+
+def read_questions(path: str) -> list[dict]:
+    """Rows with "prompt" and, as far as it is known, "good". Raises ValueError with the line number."""
+    from run_folder import read_jsonl  # brings torch along, which the corpus does not need
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise ValueError(f"got {path}, line {number} without text in prompt; expected "
+                             '{"prompt": ..., "good": [...]} as general.py questions writes it')
+    if not rows:
+        raise ValueError(f"got {path} without a row; python general.py questions --out {path} writes some")
+    return rows
+
+
+def write_rows(what: str, n: int, seed: int, style: str = "tiny", tokenizer=None) -> list[dict]:
+    """questions: prompts with their good replies. replies: a good one each. pairs: a good reply and a flawed one.
+
+    A row's prompt is what the model reads, chat template included.
+    """
+    rng = random.Random(f"{what}, {seed}")
+    questions = [draw_question(rng) for _ in range(n)]
+    if what == "questions":
+        return [{**question, "prompt": question_prompt(question["prompt"], style, tokenizer)} for question in questions]
+    rows = []
+    for question in questions:
+        prompt, reply = question_prompt(question["prompt"], style, tokenizer), rng.choice(question["good"])
+        if what == "replies":
+            rows.append({"prompt": prompt, "completion": reply, "kind": question["kind"],
+                         "language": question["language"], "source": "general.py"})
+        else:
+            flaw = rng.choice([f for f in FLAWS if f != ("rude" if question["kind"] == "arithmetic" else "wrong")])
+            rows.append({"prompt": prompt, "chosen": reply, "rejected": flawed(question, reply, flaw, rng),
+                         "flaw": flaw, "kind": question["kind"]})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="general.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("questions", "replies", "pairs"))
+    parser.add_argument("--n", type=int, default=1000, help="rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--style", default="tiny", choices=("tiny", "chat"), help="prompt template")
+    parser.add_argument("--model", default="", help="with --style chat: the checkpoint whose chat template it is")
+    parser.add_argument("--out", required=True, help="JSONL file to write")
+    args = parser.parse_args(arguments)
+    path = Path(args.out)
+    if args.n < 1:
+        parser.error(f"got --n {args.n}, expected at least 1")
+    if path.exists():
+        parser.error(f"got --out {path}, which exists and is never overwritten; name another file or delete it")
+    tokenizer = None
+    if args.style == "chat":
+        from transformers import AutoTokenizer
+
+        from directories import find_directory
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(find_directory(args.model))
+        except (OSError, ValueError) as error:
+            parser.error(f"got --style chat with --model {args.model!r}: {error}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = write_rows(args.what, args.n, args.seed, args.style, tokenizer)
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    staging.replace(path)
+    print(f"{len(rows)} {args.what} in {path}")
+
+
+if __name__ == "__main__":
+    main()

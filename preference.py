@@ -1,0 +1,237 @@
+"""A reward model for general prompts: the Bradley-Terry model of pairs, in which one reply was preferred to another.
+
+DeepSeek-R1 (arXiv 2501.12948), section 2.3.4: where no rule can tell good from bad, a model that was trained on
+preferences does. It reads the prompt and the final reply, what a user sees, and never the chain of thought. A language
+model whose last layer is one number is all it is; the Bradley-Terry model (1952) turns two scores into a probability:
+
+    P(chosen over rejected) = sigmoid(score(prompt, chosen) - score(prompt, rejected))
+
+    python general.py pairs --n 3000 --out data/pairs.jsonl
+    python preference.py --data data/pairs.jsonl --out runs/preference     # half a minute on 2 cores
+    python preference.py --model runs/preference/checkpoint --say "hello" "hello, how can i help you?" "go away"
+
+You see the share of held-out pairs that it orders right, for each flaw of the rejected reply. The checkpoint is a
+Hugging Face directory that AutoModelForSequenceClassification loads. What happens to a policy that trains on such a
+score for too long is in the README: the score goes on rising when the replies no longer get better.
+
+Shapes: B replies, T tokens, D width.
+"""
+
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from batching import micro_batches, pad_rows
+from directories import check_device, find_directory, read_directory
+from model import DTYPES, FAMILIES, Model, check_dtype, load, save
+from optimizer import MasterAdamW, clip_gradients
+from rewards import final_reply
+from run_folder import append_jsonl, bad_input_exits, create_run, fail, parse_config, read_jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/pairs.jsonl"   # JSONL, one {"prompt", "chosen", "rejected"} a line; "flaw" groups the report
+    model: str = "models/tiny-base"  # language model to start from, a directory or hub id
+    out: str = "runs/preference"     # run folder to create
+    epochs: int = 1                  # passes over the pairs; more, and it learns their wording by heart
+    batch_size: int = 32             # pairs per optimizer step
+    micro_batch_tokens: int = 8192   # tokens per forward pass, padding included; memory and speed, never the loss
+    learning_rate: float = 5e-4      # AdamW peak, falling linearly to zero; for 0.8M parameters
+    clip_norm: float = 1.0           # gradient norm limit
+    eval_pairs: int = 512            # pairs kept out of training
+    seed: int = 0                    # the new last layer, split and order of the pairs
+    dtype: str = "float32"           # what the model computes in: float32, or bfloat16 with fp32 master weights
+    device: str = "cpu"              # cpu or cuda
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_norm", "eval_pairs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+
+
+class RewardModel(nn.Module):
+    """Token rows (prompt, final reply, EOS) -> a score each. The score reads the last token's state: all was seen."""
+
+    def __init__(self, backbone: Model):
+        super().__init__()
+        self.backbone = backbone
+        self.score = nn.Linear(backbone.config.hidden_size, 1, bias=False)
+
+    def forward(self, rows: list[list[int]]):
+        """rows of different lengths -> (B,)"""
+        device = self.score.weight.device
+        input_ids = pad_rows(rows, 0, dtype=torch.long, device=device)  # (B, T), padded on the right
+        hidden = self.backbone.hidden(input_ids)  # (B, T, D)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        return self.score(hidden[torch.arange(len(rows), device=device), last]).float().squeeze(-1)
+
+
+def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):
+    """What save_reward_model wrote -> (reward model, tokenizer). Raises ValueError for a plain language model."""
+    check_device(device)
+    hf_config, tokenizer, state = read_directory(find_directory(directory), FAMILIES)
+    if "score.weight" not in state:
+        raise ValueError(f"got {directory}, which is a language model; expected a reward model: "
+                         "python preference.py --data PAIRS.jsonl makes one")
+    reward_model = RewardModel(Model(hf_config))
+    reward_model.score.load_state_dict({"weight": state.pop("score.weight")})
+    missing, unexpected = reward_model.backbone.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"got weights in {directory} that do not fit its config: missing {missing[:3]}, "
+                         f"unexpected {unexpected[:3]}")
+    return reward_model.to(device, dtype).eval(), tokenizer
+
+
+def save_reward_model(reward_model: RewardModel, tokenizer, directory) -> None:
+    """As transformers' ...ForSequenceClassification with one label."""
+    backbone = reward_model.backbone
+    backbone.hf_config.architectures = [{"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[
+        backbone.hf_config.model_type] + "ForSequenceClassification"]
+    backbone.hf_config.num_labels = 1
+    state = {name: tensor for name, tensor in backbone.state_dict().items() if name != "lm_head.weight"}
+    save(backbone, tokenizer, directory, {**state, "score.weight": reward_model.score.weight})
+
+
+def rows_to_score(tokenizer, prompts: list[str], completions: list[str]) -> list[list[int]]:
+    """Ids of prompt, final reply and EOS; the chain of thought is taken out before."""
+    if not prompts:
+        return []
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    reply_ids = tokenizer([final_reply(text) for text in completions], add_special_tokens=False)["input_ids"]
+    return [prompt + reply + [tokenizer.eos_token_id] for prompt, reply in zip(prompt_ids, reply_ids, strict=True)]
+
+
+@torch.no_grad()
+def preference_scores(reward_model, tokenizer, prompts: list[str], completions: list[str],
+                      token_budget: int = 8192) -> list[float]:
+    """A score per completion, higher is better; only differences between replies to one prompt mean anything.
+
+    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling.
+    """
+    context = reward_model.backbone.config.context
+    rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions)]
+    scores = [0.0] * len(rows)
+    for group in micro_batches(list(map(len, rows)), token_budget):
+        for i, score in zip(group, reward_model([rows[i] for i in group]).tolist()):
+            scores[i] = score
+    return scores
+
+
+def read_pairs(path: str, tokenizer, context: int) -> list[dict]:
+    """Pairs with their token rows. Raises ValueError with the line number where a field is missing or too long."""
+    pairs = read_jsonl(path)
+    for number, pair in enumerate(pairs, 1):
+        if not all(isinstance(pair.get(name), str) and pair[name] for name in ("prompt", "chosen", "rejected")):
+            raise ValueError(f"got {path}, line {number} without text in prompt, chosen and "
+                             "rejected; expected all three")
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs])
+                        for name in ("chosen", "rejected"))
+    for number, rows in enumerate(zip(chosen, rejected), 1):
+        if max(map(len, rows)) > context:
+            raise ValueError(f"got {path}, line {number} of {max(map(len, rows))} tokens, more than the model's "
+                             f"context of {context}; leave it out")
+    return [{"flaw": pair.get("flaw", "all"), "chosen": c, "rejected": r}
+            for pair, c, r in zip(pairs, chosen, rejected)]
+
+
+def margins(reward_model, pairs: list[dict], token_budget: int):
+    """Yields (score(chosen) - score(rejected), indices) for one micro-batch after the other."""
+    for group in micro_batches([2 * max(len(p["chosen"]), len(p["rejected"])) for p in pairs], token_budget):
+        scores = reward_model([pairs[i][side] for side in ("chosen", "rejected") for i in group])  # (2B,)
+        yield scores[:len(group)] - scores[len(group):], group
+
+
+@torch.no_grad()
+def agreement(reward_model, pairs: list[dict], token_budget: int) -> dict[str, float]:
+    """Share of pairs ordered as the data says, in all and for each flaw; and the Bradley-Terry loss, nats a pair."""
+    right, losses = defaultdict(list), []
+    for margin, group in margins(reward_model, pairs, token_budget):
+        losses += F.softplus(-margin).tolist()
+        for i, m in zip(group, margin.tolist()):
+            right["all"].append(m > 0)
+            if pairs[i]["flaw"] != "all":
+                right[pairs[i]["flaw"]].append(m > 0)
+    return {"loss": sum(losses) / len(losses), **{flaw: sum(r) / len(r) for flaw, r in sorted(right.items())}}
+
+
+def main() -> None:
+    if "--say" in sys.argv:
+        return say()
+    config = parse_config(Config, __doc__)
+
+    # 1. model, pairs and run folder; everything that can be wrong with the input is said here
+    with bad_input_exits():
+        backbone, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
+        pairs = read_pairs(config.data, tokenizer, backbone.config.context)
+        random.Random(config.seed).shuffle(pairs)
+        held_out, pairs = pairs[:config.eval_pairs], pairs[config.eval_pairs:]
+        if not pairs or not held_out:
+            raise ValueError(f"got {len(held_out) + len(pairs)} pairs in {config.data}, of which --eval-pairs "
+                             f"{config.eval_pairs} are kept out; expected at least one on each side")
+        run = create_run(config.out, config)
+    print(f"{config}\n{len(pairs):,} pairs, {len(held_out)} held out")
+    reward_model = RewardModel(backbone)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        reward_model.score.weight.copy_(torch.randn(reward_model.score.weight.shape, generator=generator) * 0.02)
+    reward_model.to(config.device, DTYPES[config.dtype])
+    backbone.lm_head.requires_grad_(backbone.config.tied_embeddings)  # an untied one is never used
+    optimizer = MasterAdamW([p for p in reward_model.parameters() if p.requires_grad], lr=config.learning_rate,
+                            betas=(0.9, 0.95), weight_decay=0.0)
+
+    # 2. the loop: -log sigmoid(score(chosen) - score(rejected)), the mean over the step's pairs
+    order, started = [], time.time()
+    for epoch in range(config.epochs):
+        order += random.Random(f"{config.seed}, {epoch}").sample(range(len(pairs)), len(pairs))
+    steps = math.ceil(len(order) / config.batch_size)
+    for step in tqdm(range(steps), desc="preference", mininterval=1.0):
+        batch = [pairs[i] for i in order[step * config.batch_size:(step + 1) * config.batch_size]]
+        total = 0.0
+        for margin, _ in margins(reward_model, batch, config.micro_batch_tokens):
+            loss = F.softplus(-margin).sum() / len(batch)  # softplus(-x) = -log sigmoid(x)
+            loss.backward()
+            total += loss.item()
+        norm = clip_gradients(optimizer.gradients(), config.clip_norm)
+        if not math.isfinite(norm):
+            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one. Lower --learning-rate")
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min((step + 1) / 10, 1 - step / steps)
+        optimizer.step()
+        reward_model.zero_grad()
+        append_jsonl(run / "metrics.jsonl", {"step": step + 1, "loss": total, "gradient_norm": norm})
+
+    # 3. what it has learnt, on pairs that it never saw
+    table = agreement(reward_model, held_out, config.micro_batch_tokens)
+    append_jsonl(run / "metrics.jsonl", {"step": steps, "n": len(held_out),
+                                         **{f"eval_{name}": value for name, value in table.items()}})
+    save_reward_model(reward_model, tokenizer, run / "checkpoint")
+    flaws = ", ".join(f"{name} {value:.1%}" for name, value in table.items() if name not in ("all", "loss"))
+    print(f"orders {table['all']:.1%} of {len(held_out)} held-out pairs right ({flaws}), loss {table['loss']:.3f} nats "
+          f"a pair, {(time.time() - started) / 60:.1f} minutes; the model is in {run / 'checkpoint'}")
+
+
+def say() -> None:
+    """--say PROMPT REPLY...: each reply with its score."""
+    at = sys.argv.index("--say")
+    prompt, replies = sys.argv[at + 1], sys.argv[at + 2:]
+    config = parse_config(Config, __doc__, sys.argv[1:at])
+    with bad_input_exits():
+        reward_model, tokenizer = load_reward_model(config.model, device=config.device)
+    scores = preference_scores(reward_model, tokenizer, [f"{prompt}\n"] * len(replies), replies)
+    for reply, score in zip(replies, scores):
+        print(f"{score:8.2f}  {reply}")
+
+
+if __name__ == "__main__":
+    main()

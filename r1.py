@@ -1,0 +1,248 @@
+"""The whole of DeepSeek-R1 (arXiv 2501.12948) in one command, a stage after the other, each a command of its own.
+
+    base --RL--> R1-Zero --rejection sampling--> cold start data --SFT of the base--> cold start
+         --RL with language consistency--> R1's first RL --rejection sampling, three parts of it and one part of replies
+         without thinking--> the "600k + 200k" --SFT of the base--> SFT --RL on all prompts--> R1
+         --rejection sampling--> traces --SFT of a small base--> distilled student --RL--> RL after distillation
+
+    python r1.py                          # seed 0, 30 minutes on 2 cores; table, pictures, every checkpoint in runs/r1
+    python r1.py --seeds 3                # seeds 0, 1 and 2
+    python r1.py --list                   # the stages' own commands, to read or to paste one by one
+    python r1.py --only rl                # one stage, once what it needs is there
+    python r1.py --from sft               # that stage and all that follow, again
+
+A stage that is done is skipped (stages.py says what done means), so after Ctrl-C, a kill or a changed flag the same
+command goes on where it has to. You end with runs/r1/table.md, table.json and ladder.png: what each stage changed.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import distill
+from countdown import check_task
+from evaluate import wilson_interval
+from model import check_dtype
+from plots import plot_hacking, plot_ladder
+from run_folder import bad_input_exits, parse_config, read_jsonl
+from stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "models/tiny-base"  # base: checkpoint directory or hub id
+    student: str = "models/tiny-student"  # smaller base for distillation
+    out: str = "runs/r1"             # folder of everything
+    seeds: int = 1                   # seeds 0, 1, ...; each has its folder
+    seed: int = -1                   # of those seeds only this one, for a terminal each; then without it for the table
+    only: str = ""                   # run this stage alone
+    from_: str = ""              # run this stage and those behind it again, even if they are done
+    list: bool = False               # print the stages' commands and stop
+    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
+    style: str = "tiny"              # prompt template: tiny or chat
+    zero_steps: int = 80             # RL steps of R1-Zero
+    rl_steps: int = 40               # of each RL stage of R1
+    general_steps: int = 10          # of the last RL stage's, with general prompts; DeepSeek-R1: 400 of 1,700
+    hacking_steps: int = 120         # of the run that trains on the preference reward alone, for too long
+    rl_learning_rate: float = 1e-3   # AdamW peak of R1-Zero; for 0.8M parameters
+    rl2_learning_rate: float = 5e-4  # of the RL stages behind SFT
+    sft_learning_rate: float = 1e-3  # AdamW peak of SFT; DeepSeek-R1: 5e-5
+    language_weight: float = 0.5     # reward for language consistency in R1's RL
+    puzzles: int = 1200              # train puzzles that rejection sampling asks a checkpoint
+    samples: int = 8                 # completions of each; of the teacher's, half as many
+    max_new_tokens: int = 512        # a longer completion is cut off
+    eval_n: int = 512                # held-out puzzles
+    eval_samples: int = 4            # completions of each
+    rl_flags: str = ""               # more flags for every train_countdown.py, such as "--batch-size 128"
+    dtype: str = "float32"           # what the models compute in: float32 or bfloat16
+    device: str = "cpu"              # cpu or cuda
+
+    def __post_init__(self):
+        check_task(self.level, self.style)
+        check_dtype(self.dtype)
+        if self.style == "base":
+            raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
+        if self.seed >= self.seeds:
+            raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
+        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.eval_n, self.eval_samples) < 1:
+            raise ValueError("expected seeds, steps and eval_n of at least 1")
+        if not 0 < self.general_steps <= self.rl_steps:
+            raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
+
+
+def student_config(config: Config, seed: int) -> distill.Config:
+    folder = Path(config.out) / f"seed{seed}"
+    return distill.Config(
+        teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder), level=config.level,
+        style=config.style, n=config.puzzles, samples=max(1, config.samples // 2), rl_steps=config.zero_steps,
+        after_steps=config.rl_steps, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
+        eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
+
+
+def all_stages(config: Config, seed: int) -> list[Stage]:
+    """The recipe, in order."""
+    folder = Path(config.out) / f"seed{seed}"
+    task = ("--level", config.level, "--style", config.style)
+    machine = ("--device", config.device, "--dtype", config.dtype)
+    template = ("--style", "chat", "--model", config.model) if config.style == "chat" else ()
+    new = ("--max-new-tokens", config.max_new_tokens, "--seed", seed, *machine)
+    asked = ("--n", config.puzzles, "--samples", config.samples)
+    rl = (*task, *new, "--eval-n", config.eval_n, *config.rl_flags.split())
+    later_rl = (*rl, "--steps", config.rl_steps, "--learning-rate", config.rl2_learning_rate)
+    one_language = ("--language-weight", config.language_weight)
+    sft = ("--model", config.model, "--learning-rate", config.sft_learning_rate, "--batch-tokens", 4096, "--eval-rows",
+           max(1, config.eval_n // 2), "--seed", seed, *machine)
+
+    def checkpoint(name):
+        return folder / name / "checkpoint"
+
+    general = ("--general", folder / "questions.jsonl", "--preference", checkpoint("preference"))
+    def evaluation(name, model=None, kind="eval", level=config.level, samples=config.eval_samples):
+        return Stage(f"{kind}-{name}", "evaluate", (
+            "--model", model or checkpoint(name), "--level", level, "--style", config.style, "--n", config.eval_n,
+            "--samples", samples, "--max-new-tokens", config.max_new_tokens, *machine),
+            folder / f"{kind}-{name}.json", "--json")
+
+    stages = [
+        # 1. R1-Zero: RL on the base, rules only
+        evaluation("base", config.model),
+        Stage("zero", "train_countdown", ("--model", config.model, "--steps", config.zero_steps, "--learning-rate",
+                                          config.rl_learning_rate, *rl), folder / "zero"),
+        evaluation("zero"),
+        # 2. the cold start: its readable English completions, and SFT of the base on them
+        Stage("cold-data", "rejection", ("--model", checkpoint("zero"), *task, *new, *asked), folder / "cold.jsonl"),
+        Stage("cold-start", "sft", ("--data", folder / "cold.jsonl", "--epochs", 2, *sft), folder / "cold-start"),
+        evaluation("cold-start"),
+        # 3. RL with accuracy, format and language; and without language, to see what that reward does
+        Stage("rl", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl, *one_language), folder / "rl"),
+        evaluation("rl"),
+        Stage("rl-no-language", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl),
+              folder / "rl-no-language"),
+        evaluation("rl-no-language"),
+        # 4. the "600k + 200k" in small: three parts reasoning from that checkpoint, one part replies without thinking
+        Stage("replies", "general", ("replies", "--n", 3000, "--seed", seed, *template), folder / "replies.jsonl"),
+        Stage("r1-data", "rejection", ("--model", checkpoint("rl"), "--non-cot", folder / "replies.jsonl", *task, *new,
+                                       *asked), folder / "r1-data.jsonl"),
+        Stage("sft", "sft", ("--data", folder / "r1-data.jsonl", "--epochs", 2, *sft), folder / "sft"),
+        evaluation("sft"),
+        # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts; and what
+        #    becomes of a policy that goes on with the reward model alone
+        Stage("pairs", "general", ("pairs", "--n", 6000, "--seed", seed, *template), folder / "pairs.jsonl"),
+        Stage("preference", "preference", ("--data", folder / "pairs.jsonl", "--model", config.model, "--seed", seed,
+                                           *machine), folder / "preference"),
+        Stage("questions", "general", ("questions", "--n", 1000, "--seed", seed, *template),
+              folder / "questions.jsonl"),
+        Stage("rl-all", "train_countdown", ("--model", checkpoint("sft"), *later_rl, *one_language, *general,
+                                            "--general-steps", config.general_steps), folder / "rl-all"),
+        evaluation("rl-all"),
+        Stage("hacking", "train_countdown", ("--model", checkpoint("rl-all"), *rl, *general, "--steps",
+                                             config.hacking_steps, "--learning-rate", config.rl_learning_rate,
+                                             "--general-steps", config.hacking_steps, "--general-share", 1),
+              folder / "hacking"),
+        evaluation("hacking"),
+    ]
+    # 6. the student, and what nobody trained on: one number more
+    stages += distill.student_stages(student_config(config, seed))
+    if config.level == "laptop":
+        stages += [evaluation(name, None, "four", "laptop4", 1) for name in ("zero", "rl-all", "distill")]
+    return stages
+
+
+ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
+    "base": ("base", ()),
+    "zero": ("R1-Zero", ("zero",)),
+    "cold-start": ("cold start", ("cold-data", "cold-start")),
+    "rl-no-language": ("its RL without the language reward", ("rl-no-language",)),
+    "rl": ("RL with the language reward", ("rl",)),
+    "sft": ("SFT of the base on CoT and non-CoT", ("replies", "r1-data", "sft")),
+    "rl-all": ("**R1**: RL on all prompts", ("pairs", "preference", "questions", "rl-all")),
+    "hacking": ("R1 on the preference reward for too long", ("hacking",)),
+    "student-base": ("student base", ()),
+    "student-rl": ("student, RL alone", ("student-rl",)),
+    "distill": ("**distilled student**", ("student-replies", "student-traces", "distill")),
+    "distill-rl": ("distilled student, then RL", ("distill-rl",)),
+}
+COLUMNS = ("pass@1", "language", "mixed", "format", "completion_tokens", "needless_thinking", "greetings", "arithmetic")
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def collect(config: Config) -> dict:
+    """Every number of the recipe: for each row the mean over seeds, the seeds' own, and minutes."""
+    folders = [Path(config.out) / f"seed{seed}" for seed in range(config.seeds)]
+    records = [{stage.name: read_record(folder, stage) for stage in all_stages(config, seed)}
+               for seed, folder in enumerate(folders)]
+    table = {"seeds": config.seeds, "n": config.eval_n, "samples": config.eval_samples, "rows": {},
+             "minutes": {name: mean(record[name]["minutes"] for record in records) for name in records[0]},
+             "disk_mib": mean(map(disk_use, folders))}
+    table["minutes_of_a_seed"] = sum(table["minutes"].values())
+    students = [distill.results(student_config(config, seed)) for seed in range(config.seeds)]
+    for name, (label, stages) in ROWS.items():
+        seeds = [json.loads((folder / f"eval-{name}.json").read_text()) for folder in folders]
+        row = {"label": label, "minutes": sum(table["minutes"][stage] for stage in stages)}
+        row |= {column: mean(seed[column] for seed in seeds) for column in COLUMNS if column in seeds[0]}
+        row["pass@1_low"], row["pass@1_high"] = wilson_interval(row["pass@1"], config.eval_n)
+        row["seeds"] = {column: [seed[column] for seed in seeds] for column in COLUMNS if column in seeds[0]}
+        if name in students[0]:
+            row["flops"] = mean(student[name]["flops"] for student in students)
+        four = [folder / f"four-{name}.json" for folder in folders]
+        if four[0].exists():
+            row["four_numbers"] = mean(json.loads(path.read_text())["pass@1"] for path in four)
+        table["rows"][name] = row
+    return table
+
+
+def markdown(table: dict) -> str:
+    """The table as the README shows it."""
+    lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} held-out puzzles x {table['samples']} "
+             f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
+             "| stage | pass@1 (95% interval) | of the seeds | one language | mixed | format | tokens | needless "
+             "thinking | greetings | arithmetic | 4 numbers | minutes |", "|---" * 12 + "|"]
+    for row in table["rows"].values():
+        own = row["seeds"]["pass@1"]
+        share = [f"{row[name]:.1%}" if name in row else "" for name in
+                 ("language", "mixed", "format", "needless_thinking", "greetings", "arithmetic", "four_numbers")]
+        lines.append("| " + " | ".join([
+            row["label"], f"{row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})",
+            " ".join(f"{value:.1%}" for value in own), *share[:3], f"{row['completion_tokens']:.0f}", *share[3:],
+            f"{row['minutes']:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    seeds = range(config.seeds) if config.seed < 0 else [config.seed]
+    runs = {seed: all_stages(config, seed) for seed in seeds}
+    names = [stage.name for stage in runs[seeds[0]]]
+    with bad_input_exits():
+        for flag, name in (("--only", config.only), ("--from", config.from_)):
+            if name and name not in names:
+                raise ValueError(f"got {flag} {name!r}, expected a stage: {', '.join(names)}")
+        for seed, stages in runs.items():
+            folder = Path(config.out) / f"seed{seed}"
+            for number, stage in enumerate(stages, 1):
+                done = is_done(folder, stage)
+                if config.list:
+                    print(f"{'done' if done else '    '} {stage.name:>16}  {stage.command}")
+                elif not config.only or stage.name == config.only:
+                    if done and config.from_ and number > names.index(config.from_):
+                        set_aside(stage.out)
+                    print(f"\nseed {seed}, stage {number} of {len(stages)}: {stage.name}"
+                          f"{', done before' if done and is_done(folder, stage) else ''}", flush=True)
+                    record = run_stage(folder, stage, stages, f"python r1.py --seeds {config.seeds}")
+                    print(f"{stage.name}: {record['minutes']:.1f} minutes, {disk_use(folder):.0f} MiB in {folder}")
+    if config.list or config.only or config.seed >= 0:
+        return
+    table, out = collect(config), Path(config.out)
+    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    (out / "table.md").write_text(markdown(table))
+    plot_ladder(table, out / "ladder.png")
+    plot_hacking([read_jsonl(out / f"seed{seed}" / "hacking" / "metrics.jsonl") for seed in runs], out / "hacking.png")
+    print(f"\n{markdown(table)}\n{out}/table.md, table.json, ladder.png and hacking.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Rejection sampling: many completions from a checkpoint, of which only the correct and readable ones become a dataset.
+
+DeepSeek-R1 (arXiv 2501.12948), section 2.3.1, gathers its cold start this way among others (readable outputs of
+R1-Zero), and section 2.3.3 its 600k reasoning rows: sample from the RL checkpoint, keep what is correct, drop mixed
+languages, long paragraphs and code blocks. Here each filter is a function from a completion to keep or drop, the report
+counts what each took, and --non-cot adds rows without thinking, three to one, as the paper's 600k and 200k.
+
+    python rejection.py --model runs/zero/checkpoint --out data/cold.jsonl              # 2 minutes on 2 cores
+    python rejection.py --model runs/r1/checkpoint --non-cot data/replies.jsonl --out data/r1.jsonl
+    python rejection.py --model runs/zero/checkpoint --rounds 3 --out data/rounds.jsonl # sample, fine-tune, sample, ...
+
+One JSON object a line: prompt, completion, and where it came from: numbers, target, language, tokens, source, round,
+seed, index. The report stands beside it as FILE.report.json.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from countdown import Puzzle, check_task, make_prompt, sample_puzzles
+from model import DTYPES, check_dtype, load
+from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
+from run_folder import append_jsonl, bad_input_exits, fail, parse_config, read_jsonl
+from sampling import Completion, complete
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/zero/checkpoint"  # checkpoint directory or hub id to sample from
+    out: str = "data/traces.jsonl"   # JSONL file to write; its report stands beside it
+    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero; only train puzzles
+    style: str = "tiny"              # prompt template: tiny, base or chat
+    n: int = 1200                    # different puzzles; the laptop level has about 1,400 for training
+    samples: int = 8                 # completions per puzzle
+    temperature: float = 1.0         # of the sampler
+    top_p: float = 1.0               # nucleus sampling
+    max_new_tokens: int = 512        # a completion that has not ended by then is dropped
+    max_tokens: int = 400            # drop longer completions: over-long ones are mostly lost
+    max_repeats: int = 1             # drop completions that write a line of thinking more often than this
+    language: str = "en"             # drop completions with a word of another language
+    per_puzzle: int = 4              # keep at most this many different completions of a puzzle
+    limit: int = 0                   # keep at most this many rows, drawn at random; 0: all
+    non_cot: str = ""                # JSONL of rows without thinking to mix in (general.py replies)
+    non_cot_share: float = 0.25      # their share of the dataset; DeepSeek-R1: 200k of 800k
+    rounds: int = 1                  # after each but the last, fine-tune --base on all rows so far and sample from that
+    base: str = "models/tiny-base"   # what --rounds fine-tunes
+    sft_flags: str = "--learning-rate 1e-3 --epochs 2"  # flags of sft.py for --rounds
+    slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
+    dtype: str = "float32"           # what the model computes in: float32 or bfloat16
+    seed: int = 0                    # which puzzles, and the sampling
+    device: str = "cpu"              # cpu or cuda
+
+    def __post_init__(self):
+        check_task(self.level, self.style)
+        check_dtype(self.dtype)
+        for name in ("n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats", "per_puzzle",
+                     "rounds", "slots"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if self.language not in ONLY_IN:
+            raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
+        if not 0 < self.top_p <= 1 or not 0 < self.non_cot_share < 1 or self.limit < 0:
+            raise ValueError("expected top_p within (0, 1], non_cot_share within (0, 1) and a limit of at least 0")
+
+
+# -------------------------------------------------------------------------------------------------------------- filters
+# Each takes (text, completion, puzzle, config) and says whether to keep it. They are asked in this order, and a
+# completion is counted for the first one that drops it.
+
+
+def correct(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+    return accuracy_reward(text, *puzzle) == 1.0
+
+
+def well_formatted(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+    return format_reward(text) == 1.0
+
+
+def one_language(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+    return language_reward(text, config.language) == 1.0
+
+
+def short_enough(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+    return not completion.truncated and len(completion.token_ids) <= config.max_tokens
+
+
+def not_repetitive(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+    """No line of thinking stands there twice; a model that goes round in circles teaches just that."""
+    lines = Counter(line.strip() for line in chain_of_thought(text).splitlines() if line.strip())
+    return not lines or max(lines.values()) <= config.max_repeats
+
+
+FILTERS = (correct, well_formatted, one_language, short_enough, not_repetitive)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample_rows(model, tokenizer, source: str, round_: int, config: Config) -> tuple[list[dict], dict]:
+    """-> (rows that passed, report). Raises ValueError where nothing passed, with the filter that took the last."""
+    puzzles = sample_puzzles(config.n, level=config.level, held_out=False, seed=config.seed)
+    prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
+    longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+    if longest + config.max_new_tokens > model.config.context:
+        raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, together "
+                         f"more than the model's context of {model.config.context}; lower --max-new-tokens")
+    repeated = [i for i in range(len(prompts)) for _ in range(config.samples)]
+    _, completions, texts = complete(
+        model, tokenizer, [prompts[i] for i in repeated], max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, top_p=config.top_p, slots=config.slots,
+        seed=random.Random(f"{config.seed}, {round_}").getrandbits(32))
+    dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
+    rows, seen = [], Counter()
+    for index, (i, completion, text) in enumerate(zip(repeated, completions, texts)):
+        reason = next((f.__name__ for f in FILTERS if not f(text, completion, puzzles[i], config)), None)
+        if reason is None:
+            reason = "duplicates" if seen[i, text] else "per_puzzle" if seen[i] == config.per_puzzle else None
+        if reason:
+            dropped[reason] += 1
+            continue
+        seen[i, text] += 1
+        seen[i] += 1
+        rows.append({"prompt": prompts[i],  # a prompt that ends in <think> has that tag already
+                     "completion": text.removeprefix("<think>" * prompts[i].endswith("<think>")),
+                     **puzzles[i]._asdict(), "language": config.language, "tokens": len(completion.token_ids),
+                     "source": source, "round": round_, "seed": config.seed, "index": index})
+    report = {"source": source, "round": round_, "puzzles": len(puzzles), "sampled": len(texts),
+              "sampled_tokens": sum(len(c.token_ids) for c in completions), "dropped": dict(dropped),
+              "kept": len(rows), "puzzles_kept": len({row["prompt"] for row in rows})}
+    if not rows:
+        last = [name for name, count in dropped.items() if count][-1]
+        raise ValueError(f"got {len(texts)} completions of {source} and none was left after the filter {last}, which "
+                         f"took the last {dropped[last]} (in all: {describe(report)}); expected some to pass: sample "
+                         "more, loosen that filter, or train the model further")
+    return rows, report
+
+
+def describe(report: dict) -> str:
+    return f"{report['sampled']} sampled, " + ", ".join(f"{count} {name}" for name, count in report["dropped"].items())
+
+
+def fine_tune(rows: list[dict], round_: int, config: Config) -> str:
+    """SFT of --base on the rows of all rounds so far -> the checkpoint that the next round samples from."""
+    folder = Path(f"{config.out}.round{round_}")
+    if (folder / "sft" / "checkpoint").is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    append_jsonl(folder / "rows.jsonl", *rows)
+    sft = Path(__file__).parent / "sft.py"
+    flags = ["--data", folder / "rows.jsonl", "--model", config.base, "--out", folder / "sft", "--eval-rows",
+             max(1, len(rows) // 20), "--device", config.device, "--seed", config.seed, *config.sft_flags.split()]
+    if subprocess.run([sys.executable, sft, *map(str, flags)]).returncode:
+        fail(f"sft.py failed in round {round_}; its error stands above")
+    return str(folder / "sft" / "checkpoint")
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    out, report_path = Path(config.out), Path(f"{config.out}.report.json")
+    with bad_input_exits():
+        if out.exists():
+            raise FileExistsError(f"got --out {out}, which exists and is never overwritten; name another file")
+        non_cot = read_jsonl(config.non_cot) if config.non_cot else []
+        for number, row in enumerate(non_cot, 1):
+            if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
+                raise ValueError(f"got {config.non_cot}, line {number} without text in prompt and completion; "
+                                 "expected both, as general.py replies writes them")
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+        # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
+        rows, reports, source, started = [], [], config.model, time.time()
+        for round_ in range(1, config.rounds + 1):
+            model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
+            found, report = sample_rows(model.eval(), tokenizer, source, round_, config)
+            known = {(row["prompt"], row["completion"]) for row in rows}
+            found = [row for row in found if (row["prompt"], row["completion"]) not in known]
+            rows += found
+            reports.append({**report, "new": len(found)})
+            print(f"round {round_}: {describe(report)}; kept {report['kept']} of {report['puzzles_kept']} puzzles, "
+                  f"{len(found)} of them new")
+            if round_ < config.rounds:
+                source = fine_tune(rows, round_, config)
+
+        # 2. the dataset: at most --limit rows, and rows without thinking
+        rng = random.Random(config.seed)
+        if config.limit and len(rows) > config.limit:
+            rows = rng.sample(rows, config.limit)
+        if config.non_cot:
+            wanted = round(len(rows) * config.non_cot_share / (1 - config.non_cot_share))
+            if len(non_cot) < wanted:
+                raise ValueError(f"got {len(non_cot)} rows in {config.non_cot}, expected at least {wanted}: a share of "
+                                 f"{config.non_cot_share} beside {len(rows)} rows with thinking")
+            rows += rng.sample(non_cot, wanted)
+        rng.shuffle(rows)
+
+    # 3. written whole or not at all
+    report_path.write_text(json.dumps({"rows": len(rows), "minutes": (time.time() - started) / 60, "rounds": reports,
+                                       "config": asdict(config)}, indent=2) + "\n")
+    staging = Path(f"{out}.tmp")
+    staging.unlink(missing_ok=True)
+    append_jsonl(staging, *rows)
+    staging.replace(out)
+    print(f"{len(rows)} rows in {out}, the report in {report_path}, {(time.time() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Runs commands of this repository one after the other, and skips what is done: r1.py and distill.py are lists of them.
+
+A stage is one command with one output: a run folder, a JSONL file or a table. It is done when its record says so and
+the record still tells the truth: the same command, inputs with the same content, an output with the same content. So a
+changed flag, a new checkpoint upstream or a broken file makes a stage run again, and what follows it. A stage that was
+killed goes on from its last checkpoint. What a new run replaces is moved aside to NAME.old, never deleted.
+
+    FOLDER/stages/NAME.json     command, inputs, output, minutes: written when the stage begins and when it ends
+"""
+
+import hashlib
+import importlib
+import json
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from run_folder import fail
+
+INPUT_FLAGS = ("--model", "--data", "--general", "--preference", "--non-cot", "--teacher")  # what they name is an input
+RESUMABLE = ("train_countdown", "sft")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    script: str               # the module, without .py
+    arguments: tuple          # its command line without --out
+    out: Path                 # what it makes: a run folder, or a file
+    out_flag: str = "--out"
+
+    @property
+    def command(self) -> str:
+        """As one would type it: without the flags that name a default."""
+        config = getattr(importlib.import_module(self.script), "Config", None)
+        defaults = {f"--{field.name.replace('_', '-')}": str(field.default) for field in fields(config)} if config else {}
+        words, given = [], [str(argument) for argument in self.arguments]
+        for word, following in zip(given, [*given[1:], ""]):
+            if words and words[-1] is None:
+                words[-1] = ""  # the value of a flag that was left out
+            else:
+                words.append(None if defaults.get(word) == following else word)
+        return shlex.join(["python", f"{self.script}.py", *filter(None, words), self.out_flag, str(self.out)])
+
+    @property
+    def inputs(self) -> list[str]:
+        return [str(value) for flag, value in zip(self.arguments, self.arguments[1:]) if flag in INPUT_FLAGS]
+
+
+def fingerprint(path) -> str:
+    """SHA-256 of a file, of a model directory's weights and config, or of a run's checkpoint; "" if it is not there."""
+    path = Path(path)
+    if path.is_dir():
+        directory = path / "checkpoint" if (path / "checkpoint").exists() else path
+        files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+        return "" if len(files) < 2 else " ".join(map(fingerprint, files))
+    if not path.exists():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(folder: Path, stage: Stage) -> dict:
+    try:
+        return json.loads((folder / "stages" / f"{stage.name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def write_record(folder: Path, stage: Stage, record: dict) -> None:
+    path = folder / "stages" / f"{stage.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(record, indent=2) + "\n")
+    staging.replace(path)
+
+
+def beginning(stage: Stage) -> dict:
+    """What a record says from the start."""
+    return {"command": stage.command, "arguments": [*map(str, stage.arguments)], "inputs": {name: fingerprint(name) for name in stage.inputs}}
+
+
+def is_done(folder: Path, stage: Stage) -> bool:
+    record = read_record(folder, stage)
+    return bool(record.get("output")) and record["output"] == fingerprint(stage.out) and all(
+        record[name] == value for name, value in beginning(stage).items())
+
+
+def check_inputs(stage: Stage, stages: list[Stage]) -> None:
+    """Raises FileNotFoundError with the command that makes what is missing."""
+    for name in stage.inputs:
+        if fingerprint(name) or not Path(name).exists() and Path(name).parts[0] not in ("models", "data", "runs", "/"):
+            continue  # it is here, or it is a hub id
+        maker = next((other for other in stages if name in (str(other.out), str(other.out / "checkpoint"))), None)
+        makes = f"stage {maker.name} makes it: {maker.command}" if maker else "is it spelt right?"
+        raise FileNotFoundError(f"got stage {stage.name} without its input {name}; {makes}")
+
+
+def set_aside(path: Path) -> None:
+    """Renames what is in the way to NAME.old, NAME.old2, ..."""
+    old, number = path.with_name(path.name + ".old"), 1
+    while old.exists():
+        number += 1
+        old = path.with_name(f"{path.name}.old{number}")
+    path.rename(old)
+    print(f"moved {path}, made by another command or from other inputs, to {old}")
+
+
+def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> dict:
+    """Runs the stage unless it is done -> its record. go_on: the command that continues after an interruption."""
+    if is_done(folder, stage):
+        return read_record(folder, stage)
+    check_inputs(stage, stages)
+    record, start = read_record(folder, stage), beginning(stage)
+    ours = all(record.get(name) == value for name, value in start.items()) and not record.get("output")
+    earlier = record.get("minutes", 0.0) if ours else 0.0
+    arguments = [*stage.arguments, stage.out_flag, stage.out]
+    if ours and stage.script in RESUMABLE and (stage.out / "checkpoint").is_dir():
+        saved = (stage.out / "checkpoint").stat().st_mtime
+        earlier += max(0.0, saved - record["started"]) / 60  # an attempt that was killed
+        arguments = ["--resume", stage.out]
+    elif stage.out.is_dir() and any(stage.out.iterdir()) or stage.out.is_file():
+        if ours:  # killed before anything was worth keeping
+            shutil.rmtree(stage.out) if stage.out.is_dir() else stage.out.unlink()
+        else:
+            set_aside(stage.out)
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    write_record(folder, stage, {**start, "minutes": earlier, "started": started})
+    print(f"\n=== {stage.name}\n{stage.command}", flush=True)
+    before, sys.argv = sys.argv, [f"{stage.script}.py", *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        importlib.import_module(stage.script).main()
+    except SystemExit as stop:
+        if stop.code:
+            minutes = earlier + (time.time() - started) / 60
+            write_record(folder, stage, {**start, "minutes": minutes, "started": time.time()})
+            print(f"stage {stage.name} stopped; continue with: {go_on}", file=sys.stderr)
+            raise
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    record = {**start, "minutes": earlier + (time.time() - started) / 60, "output": fingerprint(stage.out)}
+    if not record["output"]:
+        fail(f"stage {stage.name} ended without {stage.out}; its own message stands above")
+    write_record(folder, stage, record)
+    return record
+
+
+def disk_use(folder: Path) -> float:
+    """MiB of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2 ** 20
