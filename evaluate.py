@@ -27,7 +27,7 @@ from run_folder import bad_input_exits, parse_config
 from sampling import complete
 
 GREETINGS = ("hello", "hi", "good morning", "how are you?", "thank you", "goodbye", "who are you?", "have a good day")
-GENERAL_N = 512  # replies to greetings, and to arithmetic questions
+GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer where fewer puzzles are asked
 
 
 @dataclass(frozen=True)
@@ -145,21 +145,22 @@ def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tup
 def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[str, float]:
     """Shares of 512 replies to greetings that think, and, for the tiny model, that are good by the rule; and of 512
     direct arithmetic questions those that are answered right and without thinking."""
-    rng = random.Random(config.seed)
-    questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(GENERAL_N // len(GREETINGS))]
+    rng, each = random.Random(config.seed), max(1, min(config.n, GENERAL_N) // len(GREETINGS))
+    n = each * len(GREETINGS)
+    questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(each)]
     if config.style == "tiny":
         for question in questions:
             question["good"] = SMALL_TALK[question["prompt"].strip()][0]
-        while len(questions) < 2 * GENERAL_N:
+        while len(questions) < 2 * n:
             question = draw_question(rng)
             questions += [question] if question["kind"] == "arithmetic" else []
     _, _, replies = complete(model, tokenizer, [question_prompt(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
                              max_new_tokens=min(64, config.max_new_tokens), **settings)
-    table = {"needless_thinking": sum(map(needless_thinking, replies[:GENERAL_N])) / GENERAL_N}
+    table = {"needless_thinking": sum(map(needless_thinking, replies[:n])) / n}
     if config.style == "tiny":
         good = [is_good(reply, question["good"]) for reply, question in zip(replies, questions)]
-        table |= {"greetings": sum(good[:GENERAL_N]) / GENERAL_N, "arithmetic": sum(good[GENERAL_N:]) / GENERAL_N}
+        table |= {"greetings": sum(good[:n]) / n, "arithmetic": sum(good[n:]) / n}
     return table
 
 

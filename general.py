@@ -18,7 +18,8 @@ import json
 import random
 from pathlib import Path
 
-from rewards import needless_thinking
+from countdown import Puzzle
+from rewards import needless_thinking, reward
 
 SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
@@ -87,6 +88,26 @@ def write_chat(rng: random.Random) -> dict:
 def is_good(completion: str, good: list[str]) -> bool:
     """The rule: one of the good replies, said once, without thinking."""
     return not needless_thinking(completion) and completion.strip() in good
+
+
+def reward_completions(tasks: list, prompts: list[str], texts: list[str], judge, **weights) -> list[dict]:
+    """The parts of each completion's reward, of a step that mixes puzzles with general prompts.
+
+    tasks holds a Puzzle or a question's row for each completion. A puzzle is rewarded by rules (rewards.reward, which
+    takes the weights); a general prompt with judge(prompts, texts), the reward model's scores. Beside that stands, only
+    to be watched, whether the reply is good by the rule and whether it thinks.
+    """
+    general = [i for i, task in enumerate(tasks) if not isinstance(task, Puzzle)]
+    scores = dict(zip(general, judge([prompts[i] for i in general], [texts[i] for i in general]))) if general else {}
+    parts = []
+    for i, (task, text) in enumerate(zip(tasks, texts)):
+        if i not in scores:
+            parts.append(reward(text, *task, **weights))
+            continue
+        parts.append({"reward": scores[i], "preference": scores[i], "general_thinking": needless_thinking(text)})
+        if "good" in task:
+            parts[i]["general_good"] = is_good(text, task["good"])
+    return parts
 
 
 def question_prompt(prompt: str, style: str, tokenizer=None) -> str:

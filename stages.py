@@ -37,14 +37,15 @@ class Stage:
     def command(self) -> str:
         """As one would type it: without the flags that name a default."""
         config = getattr(importlib.import_module(self.script), "Config", None)
-        defaults = {f"--{field.name.replace('_', '-')}": str(field.default) for field in fields(config)} if config else {}
-        words, given = [], [str(argument) for argument in self.arguments]
-        for word, following in zip(given, [*given[1:], ""]):
-            if words and words[-1] is None:
-                words[-1] = ""  # the value of a flag that was left out
-            else:
-                words.append(None if defaults.get(word) == following else word)
-        return shlex.join(["python", f"{self.script}.py", *filter(None, words), self.out_flag, str(self.out)])
+        defaults = {f"--{field.name.replace('_', '-')}": str(field.default)
+                    for field in fields(config) if field.type is not bool} if config else {}
+        words, given = ["python", f"{self.script}.py"], iter(map(str, self.arguments))
+        for word in given:
+            if word not in defaults:
+                words.append(word)
+            elif (value := next(given)) != defaults[word]:
+                words += [word, value]
+        return shlex.join([*words, self.out_flag, str(self.out)])
 
     @property
     def inputs(self) -> list[str]:
@@ -80,24 +81,30 @@ def write_record(folder: Path, stage: Stage, record: dict) -> None:
 
 
 def beginning(stage: Stage) -> dict:
-    """What a record says from the start."""
-    return {"command": stage.command, "arguments": [*map(str, stage.arguments)], "inputs": {name: fingerprint(name) for name in stage.inputs}}
+    """What a stage depends on, as its record says from the start."""
+    return {"arguments": [*map(str, stage.arguments)], "inputs": {name: fingerprint(name) for name in stage.inputs}}
+
+
+def same_beginning(record: dict, stage: Stage) -> bool:
+    return all(record.get(name) == value for name, value in beginning(stage).items())
 
 
 def is_done(folder: Path, stage: Stage) -> bool:
     record = read_record(folder, stage)
-    return bool(record.get("output")) and record["output"] == fingerprint(stage.out) and all(
-        record[name] == value for name, value in beginning(stage).items())
+    return bool(record.get("output")) and record["output"] == fingerprint(stage.out) and same_beginning(record, stage)
 
 
 def check_inputs(stage: Stage, stages: list[Stage]) -> None:
     """Raises FileNotFoundError with the command that makes what is missing."""
     for name in stage.inputs:
-        if fingerprint(name) or not Path(name).exists() and Path(name).parts[0] not in ("models", "data", "runs", "/"):
-            continue  # it is here, or it is a hub id
+        if fingerprint(name):
+            continue
         maker = next((other for other in stages if name in (str(other.out), str(other.out / "checkpoint"))), None)
-        makes = f"stage {maker.name} makes it: {maker.command}" if maker else "is it spelt right?"
-        raise FileNotFoundError(f"got stage {stage.name} without its input {name}; {makes}")
+        if maker:
+            raise FileNotFoundError(f"got stage {stage.name} without its input {name}, which stage {maker.name} makes: "
+                                    f"{maker.command}")
+        if name.endswith((".jsonl", "/checkpoint")):  # anything else may be a hub id
+            raise FileNotFoundError(f"got stage {stage.name} without its input {name}; is it spelt right?")
 
 
 def set_aside(path: Path) -> None:
@@ -116,12 +123,12 @@ def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> di
         return read_record(folder, stage)
     check_inputs(stage, stages)
     record, start = read_record(folder, stage), beginning(stage)
-    ours = all(record.get(name) == value for name, value in start.items()) and not record.get("output")
+    ours = same_beginning(record, stage) and not record.get("output")
     earlier = record.get("minutes", 0.0) if ours else 0.0
     arguments = [*stage.arguments, stage.out_flag, stage.out]
-    if ours and stage.script in RESUMABLE and (stage.out / "checkpoint").is_dir():
-        saved = (stage.out / "checkpoint").stat().st_mtime
-        earlier += max(0.0, saved - record["started"]) / 60  # an attempt that was killed
+    saved = [stage.out / name for name in ("checkpoint", "checkpoint.old") if (stage.out / name).is_dir()]
+    if ours and stage.script in RESUMABLE and saved:
+        earlier += max(0.0, saved[0].stat().st_mtime - record["started"]) / 60  # an attempt that was killed
         arguments = ["--resume", stage.out]
     elif stage.out.is_dir() and any(stage.out.iterdir()) or stage.out.is_file():
         if ours:  # killed before anything was worth keeping
@@ -130,6 +137,7 @@ def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> di
             set_aside(stage.out)
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
+    start = {"command": stage.command, **start}  # the command is for the reader; a default that moves changes it
     write_record(folder, stage, {**start, "minutes": earlier, "started": started})
     print(f"\n=== {stage.name}\n{stage.command}", flush=True)
     before, sys.argv = sys.argv, [f"{stage.script}.py", *map(str, arguments)]

@@ -1,7 +1,8 @@
 """Reinforcement learning on Countdown. By default R1-Zero: pure GRPO on a base model, accuracy and format rewards only.
 
-    python train_countdown.py                    # 2 CPU cores: 5 minutes, held-out pass@1 from about 35% to over 90%
+    python train_countdown.py                    # 2 CPU cores: 4 minutes, held-out pass@1 42% -> 97%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
+    python train_countdown.py --model runs/sft/checkpoint --language-weight 0.5 --out runs/rl     # R1's first RL
     python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
     torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
 
@@ -26,6 +27,7 @@ import random
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ import distributed
 import evaluate
 from batching import aligned, micro_batches, pad_batch, score, token_logprobs
 from countdown import Puzzle, check_task, make_prompt, sample_puzzle, sample_puzzles
-from general import is_good, read_questions
+from general import read_questions, reward_completions
 from grpo import group_advantages, grpo_loss, token_weights
 from memory import MEMORY_ONLY, check_fits
 from model import DTYPES, add_lora, check_dtype, load, merged, without_lora
@@ -43,7 +45,7 @@ from optimizer import MasterAdamW, clip_gradients
 from plots import plot_run
 from preference import load_reward_model, preference_scores
 from presets import PRESETS
-from rewards import ONLY_IN, needless_thinking, reward
+from rewards import ONLY_IN
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, find_checkpoint,
                         load_checkpoint, out_of_memory_exits, parse_config, read_jsonl, rewind_log, save_checkpoint)
 from sampling import complete
@@ -144,21 +146,6 @@ def sampling_weights(model):
         yield whole
 
 
-def reward_completions(tasks: list, prompts: list[str], texts: list[str], config: Config, judge) -> list[dict]:
-    """The parts of each completion's reward: of a puzzle's by rules; of a general prompt's the reward model's score,
-    and beside it, only to be watched, whether the reply is good by the rule and whether it thinks."""
-    parts = [reward(text, *task, format_weight=config.format_weight, language_weight=config.language_weight,
-                    language=config.language) if isinstance(task, Puzzle) else
-             {"general_thinking": needless_thinking(text), **(
-                 {"general_good": is_good(text, task["good"])} if "good" in task else {})}
-             for task, text in zip(tasks, texts)]
-    general = [i for i, task in enumerate(tasks) if not isinstance(task, Puzzle)]
-    scores = preference_scores(*judge, [prompts[i] for i in general], [texts[i] for i in general]) if general else []
-    for i, value in zip(general, scores):
-        parts[i] |= {"reward": value, "preference": value}
-    return parts
-
-
 def measure(model, tokenizer, config: Config) -> dict:
     """Held-out pass@1 and looks of the policy as it samples: the same puzzles and random numbers every time."""
     table, _ = evaluate.evaluate(model, tokenizer, evaluate.Config(
@@ -192,7 +179,9 @@ def main() -> None:
         held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
         held_out = [make_prompt(puzzle, config.style, tokenizer) for puzzle in held_out]
         questions = read_questions(config.general) if config.general_steps else []
-        judge = load_reward_model(config.preference, dtype=dtype, device=device) if config.general_steps else None
+        judge = None
+        if config.general_steps:
+            judge = partial(preference_scores, *load_reward_model(config.preference, dtype=dtype, device=device))
         held_out += [question["prompt"] for question in questions]
         longest = max(map(len, tokenizer(held_out, add_special_tokens=False)["input_ids"]))
         if longest + config.max_new_tokens > model.config.context:
@@ -275,7 +264,8 @@ def main() -> None:
                  f"checkpoint before that is kept in {run / 'checkpoint'}. Lower --learning-rate")
 
         # 3. rewards: a puzzle's accuracy and format, with --language-weight its language; a general prompt's preference
-        parts = reward_completions(tasks, prompts, texts, config, judge)
+        parts = reward_completions(tasks, prompts, texts, judge, format_weight=config.format_weight,
+                                   language_weight=config.language_weight, language=config.language)
         rewards = torch.tensor([part["reward"] for part in parts]).view(-1, config.group_size)  # (P, G)
 
         # 4. advantages: within each group, how far above or below its mean. A group whose rewards are all equal has

@@ -25,3 +25,22 @@ def base(tmp_path_factory):
         model.model["embed_tokens"].weight *= 5
     save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
     return directory
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """refused(script, *flags, says=...): exit code 2 and exactly one error line, which says all of that."""
+    def run(script, *flags, says: tuple):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        assert stop.value.code == 2
+        error = capfd.readouterr().err
+        assert_one_line(error, *says)
+    return run
+
+
+def assert_one_line(error: str, *says):
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in error
+    assert [text for text in says if str(text) not in lines[0]] == []

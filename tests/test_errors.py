@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 import corpus
 import evaluate
+import general
 import run_folder
 import sft
 import train_countdown
-from conftest import TINY
+from conftest import TINY, assert_one_line
 from model import load, save
 
 ROOT = Path(train_countdown.__file__).parent
@@ -45,7 +46,7 @@ def easy_reward(monkeypatch):
         share = sum(c.isdigit() for c in text) / max(1, len(text))
         return {"accuracy": share, "format": 0.0, "language": 1.0, "reward": share}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train_countdown, "reward", digits)
+    monkeypatch.setattr(general, "reward", digits)
     monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
     yield
     for number, handler in handlers.items():
@@ -61,25 +62,6 @@ def finished(base, tmp_path_factory):
         patch.setattr(train_countdown, "plot_run", lambda run: None)
         train_countdown.main()
     return run
-
-
-@pytest.fixture
-def refused(monkeypatch, capfd):
-    """refused(script, *flags, says=...): exit code 2 and exactly one error line, which says all of that."""
-    def run(script, *flags, says: tuple):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        assert stop.value.code == 2
-        error = capfd.readouterr().err
-        assert_one_line(error, *says)
-    return run
-
-
-def assert_one_line(error: str, *says):
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "Traceback" not in error
-    assert [text for text in says if str(text) not in lines[0]] == []
 
 
 def cases(*rows):

@@ -168,12 +168,20 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     assert [table[name] for name in ("pass@1", "pass@4", "maj@4")] == pytest.approx([1.25 / 3, 2 / 3, 1 / 3])
 
 
-def test_greetings_are_asked_and_thinking_about_them_is_counted(fake_sampler):
-    """The second call. Every other reply thinks: half of them, needlessly."""
-    calls = fake_sampler(lambda prompt, i: "hello" if i % 2 else "<think>hello</think>")
-    table, _ = evaluate.evaluate(None, None, Config(n=2))
-    assert set(calls[1][0]) == {f"{greeting}\n" for greeting in evaluate.GREETINGS}
+def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler):
+    """The second call: as many of each as there are puzzles. Every other greeting is thought over, the others get a
+    reply that is good for "hello" alone; every fourth sum is right."""
+    def write(prompt, i):
+        if prompt.startswith(("what is", "was ist")):
+            return str(eval(prompt.split()[-1].rstrip("?").replace("/", "//"))) if i % 4 == 0 else "-1"
+        return "hello, how can i help you?" if i % 2 else "<think>hello</think>"
+    calls = fake_sampler(write)
+    table, _ = evaluate.evaluate(None, None, Config(n=64))
+    asked = calls[1][0]
+    assert len(asked) == 128 and set(asked[:64]) == {f"{greeting}\n" for greeting in evaluate.GREETINGS}
+    assert all(prompt.startswith(("what is", "was ist")) for prompt in asked[64:])
     assert table["needless_thinking"] == 0.5
+    assert (table["greetings"], table["arithmetic"]) == (4 / 64, 16 / 64)
 
 
 def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 
 import directories
+import general
 import run_folder
 import train_countdown
 
@@ -56,7 +57,7 @@ def digit_reward(text, numbers, target, **settings):
 def train() -> None:
     """train_countdown.py without a picture and with the easy reward."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # a deadlock ends here, and shows where
-    train_countdown.reward, train_countdown.plot_run = digit_reward, lambda run: None
+    general.reward, train_countdown.plot_run = digit_reward, lambda run: None
     train_countdown.main()
 
 

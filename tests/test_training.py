@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import corpus
+import general
 import run_folder
 import sft
 import train_countdown
@@ -32,7 +33,7 @@ def quiet_machine(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setitem(sft.TINY_MODELS, "test", TINY)
     monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
-    monkeypatch.setattr(train_countdown, "reward", digit_reward)
+    monkeypatch.setattr(general, "reward", digit_reward)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -128,7 +129,7 @@ def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):
 def test_training_raises_its_reward(monkeypatch, base, tmp_path):
     """15 steps on the share of digits: from about 0.2 to nearly all, and never through puzzles that evaluation uses."""
     seen = []
-    monkeypatch.setattr(train_countdown, "reward", lambda *args, **kwargs: seen.append(args[1:]) or digit_reward(*args))
+    monkeypatch.setattr(general, "reward", lambda *args, **kwargs: seen.append(args[1:]) or digit_reward(*args))
     rows = train(monkeypatch, base, tmp_path / "run", steps=15, batch_size=32, group_size=8, warmup_steps=1,
                  eval_every=100, learning_rate=4e-2)
     rewards = [row["reward"] for row in rows[1:]]
@@ -202,7 +203,7 @@ def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average)
     """All completion tokens of the step, or all 16 completions, though groups whose rewards are equal are not computed:
     a step in which few groups differ is a small step, not a loud one."""
     divisors, loss = [], train_countdown.grpo_loss
-    monkeypatch.setattr(train_countdown, "reward", lambda text, numbers, target, **settings: digit_reward(
+    monkeypatch.setattr(general, "reward", lambda text, numbers, target, **settings: digit_reward(
         text if target > 15 else "", numbers, target))
     monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, num_tokens, **settings: divisors.append(num_tokens)
                         or loss(*args, num_tokens=num_tokens, **settings))
@@ -213,7 +214,7 @@ def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average)
 
 def test_groups_that_all_got_the_same_train_nothing(monkeypatch, base, tmp_path):
     everything = {"accuracy": 1.0, "format": 1.0, "language": 1.0, "reward": 1.1}
-    monkeypatch.setattr(train_countdown, "reward", lambda *args, **settings: everything)
+    monkeypatch.setattr(general, "reward", lambda *args, **settings: everything)
     rows = train(monkeypatch, base, tmp_path / "run", weight_decay=0.1)
     assert all(row["equal_groups"] == 1 and row["gradient_norm"] == 0 for row in rows[1:])
     assert_equal_weights(weights(tmp_path / "run"), load_file(base / "model.safetensors"))
@@ -323,9 +324,9 @@ def test_micro_batches_change_no_supervised_gradient(monkeypatch, data, tmp_path
 def test_held_out_rows_are_never_trained_on(monkeypatch, data, tmp_path):
     trained, held_out, losses = [], [], sft.completion_losses
 
-    def spy(model, examples, config):
+    def spy(model, examples, *settings):
         (trained if torch.is_grad_enabled() else held_out).extend(map(id, examples))
-        return losses(model, examples, config)
+        return losses(model, examples, *settings)
     monkeypatch.setattr(sft, "completion_losses", spy)
     supervised(monkeypatch, data, tmp_path / "run", epochs=2)
     assert len(trained) == 2 * 100 and len(set(trained)) == 100  # each row once an epoch
