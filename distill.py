@@ -41,7 +41,7 @@ class Config:
     style: str = "tiny"              # prompt template: tiny, base or chat
     n: int = 1200                    # train puzzles that the teacher solves
     samples: int = 4                 # completions of each
-    non_cot: int = 1500              # rows without thinking to draw from (general.py replies); 0 for none
+    non_cot: bool = True             # a quarter of the rows are replies without thinking (general.py replies)
     epochs: int = 3                  # passes over the traces; the paper: 2 to 3
     sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
     batch_tokens: int = 4096         # tokens per optimizer step of SFT
@@ -71,7 +71,7 @@ def student_stages(config: Config) -> list[Stage]:
         non_cot = ()
         if config.non_cot:
             template = ("--style", "chat", "--model", config.student) if config.style == "chat" else ()
-            stages.append(Stage("student-replies", "general", ("replies", "--n", config.non_cot, "--seed", config.seed,
+            stages.append(Stage("student-replies", "general", ("replies", "--n", 2 * config.n, "--seed", config.seed,
                                                                *template), folder / "student-replies.jsonl"))
             non_cot = ("--non-cot", stages[-1].out)
         asked = ("--n", config.n, "--samples", config.samples, "--max-new-tokens", config.max_new_tokens)

@@ -36,7 +36,7 @@ class Config:
     seeds: int = 1                   # seeds 0, 1, ...; each has its folder
     seed: int = -1                   # of those seeds only this one, for a terminal each; then without it for the table
     only: str = ""                   # run this stage alone
-    from_: str = ""              # run this stage and those behind it again, even if they are done
+    from_: str = ""                  # run this stage and those behind it again, even if they are done
     list: bool = False               # print the stages' commands and stop
     level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
     style: str = "tiny"              # prompt template: tiny or chat
@@ -51,6 +51,7 @@ class Config:
     puzzles: int = 1200              # train puzzles that rejection sampling asks a checkpoint
     samples: int = 8                 # completions of each; of the teacher's, half as many
     max_new_tokens: int = 512        # a longer completion is cut off
+    pairs: int = 6000                # preference pairs for the reward model
     eval_n: int = 512                # held-out puzzles
     eval_samples: int = 4            # completions of each
     rl_flags: str = ""               # more flags for every train_countdown.py, such as "--batch-size 128"
@@ -64,8 +65,9 @@ class Config:
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
         if self.seed >= self.seeds:
             raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
-        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.eval_n, self.eval_samples) < 1:
-            raise ValueError("expected seeds, steps and eval_n of at least 1")
+        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.puzzles, self.samples, self.pairs,
+               self.eval_n, self.eval_samples) < 1:
+            raise ValueError("expected seeds, steps, puzzles, samples, pairs and eval_n of at least 1")
         if not 0 < self.general_steps <= self.rl_steps:
             raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
 
@@ -88,6 +90,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
     new = ("--max-new-tokens", config.max_new_tokens, "--seed", seed, *machine)
     asked = ("--n", config.puzzles, "--samples", config.samples)
     rl = (*task, *new, "--eval-n", config.eval_n, *config.rl_flags.split())
+    first_rl = ("--steps", config.zero_steps, "--learning-rate", config.rl_learning_rate, *rl)
     later_rl = (*rl, "--steps", config.rl_steps, "--learning-rate", config.rl2_learning_rate)
     one_language = ("--language-weight", config.language_weight)
     sft = ("--model", config.model, "--learning-rate", config.sft_learning_rate, "--batch-tokens", 4096, "--eval-rows",
@@ -96,38 +99,43 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
     def checkpoint(name):
         return folder / name / "checkpoint"
 
-    general = ("--general", folder / "questions.jsonl", "--preference", checkpoint("preference"))
     def evaluation(name, model=None, kind="eval", level=config.level, samples=config.eval_samples):
         return Stage(f"{kind}-{name}", "evaluate", (
             "--model", model or checkpoint(name), "--level", level, "--style", config.style, "--n", config.eval_n,
             "--samples", samples, "--max-new-tokens", config.max_new_tokens, *machine),
             folder / f"{kind}-{name}.json", "--json")
 
+    general = ("--general", folder / "questions.jsonl", "--preference", checkpoint("preference"))
+
     stages = [
         # 1. R1-Zero: RL on the base, rules only
         evaluation("base", config.model),
-        Stage("zero", "train_countdown", ("--model", config.model, "--steps", config.zero_steps, "--learning-rate",
-                                          config.rl_learning_rate, *rl), folder / "zero"),
+        Stage("zero", "train_countdown", ("--model", config.model, *first_rl), folder / "zero"),
         evaluation("zero"),
+        #    and once more with the language reward: what it removes, and what it costs
+        Stage("zero-language", "train_countdown", ("--model", config.model, *first_rl, *one_language),
+              folder / "zero-language"),
+        evaluation("zero-language"),
         # 2. the cold start: its readable English completions, and SFT of the base on them
         Stage("cold-data", "rejection", ("--model", checkpoint("zero"), *task, *new, *asked), folder / "cold.jsonl"),
         Stage("cold-start", "sft", ("--data", folder / "cold.jsonl", "--epochs", 2, *sft), folder / "cold-start"),
         evaluation("cold-start"),
-        # 3. RL with accuracy, format and language; and without language, to see what that reward does
+        # 3. RL with accuracy, format and language; and without language, to see what is left for that reward to do
         Stage("rl", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl, *one_language), folder / "rl"),
         evaluation("rl"),
         Stage("rl-no-language", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl),
               folder / "rl-no-language"),
         evaluation("rl-no-language"),
         # 4. the "600k + 200k" in small: three parts reasoning from that checkpoint, one part replies without thinking
-        Stage("replies", "general", ("replies", "--n", 3000, "--seed", seed, *template), folder / "replies.jsonl"),
+        Stage("replies", "general", ("replies", "--n", max(3000, 2 * config.puzzles), "--seed", seed,
+                                      *template), folder / "replies.jsonl"),
         Stage("r1-data", "rejection", ("--model", checkpoint("rl"), "--non-cot", folder / "replies.jsonl", *task, *new,
                                        *asked), folder / "r1-data.jsonl"),
         Stage("sft", "sft", ("--data", folder / "r1-data.jsonl", "--epochs", 2, *sft), folder / "sft"),
         evaluation("sft"),
         # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts; and what
         #    becomes of a policy that goes on with the reward model alone
-        Stage("pairs", "general", ("pairs", "--n", 6000, "--seed", seed, *template), folder / "pairs.jsonl"),
+        Stage("pairs", "general", ("pairs", "--n", config.pairs, "--seed", seed, *template), folder / "pairs.jsonl"),
         Stage("preference", "preference", ("--data", folder / "pairs.jsonl", "--model", config.model, "--seed", seed,
                                            *machine), folder / "preference"),
         Stage("questions", "general", ("questions", "--n", 1000, "--seed", seed, *template),
@@ -151,6 +159,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
 ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
     "base": ("base", ()),
     "zero": ("R1-Zero", ("zero",)),
+    "zero-language": ("R1-Zero with the language reward", ("zero-language",)),
     "cold-start": ("cold start", ("cold-data", "cold-start")),
     "rl-no-language": ("its RL without the language reward", ("rl-no-language",)),
     "rl": ("RL with the language reward", ("rl",)),

@@ -14,6 +14,7 @@ seed, index. The report stands beside it as FILE.report.json.
 """
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -171,6 +172,13 @@ def main() -> None:
             if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
                 raise ValueError(f"got {config.non_cot}, line {number} without text in prompt and completion; "
                                  "expected both, as general.py replies writes them")
+        most = config.n * min(config.samples, config.per_puzzle) * config.rounds
+        most = min(most, config.limit or most)
+        wanted = math.ceil(most * config.non_cot_share / (1 - config.non_cot_share))
+        if config.non_cot and len(non_cot) < wanted:  # said now, and not when the sampling is done
+            raise ValueError(f"got {len(non_cot)} rows in {config.non_cot}, expected {wanted}: a share of "
+                             f"{config.non_cot_share} beside up to {most} rows with thinking; write more "
+                             "(python general.py replies), or lower --n, --per-puzzle, --limit or --non-cot-share")
         out.parent.mkdir(parents=True, exist_ok=True)
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
@@ -183,7 +191,7 @@ def main() -> None:
             rows += found
             reports.append({**report, "new": len(found)})
             print(f"round {round_}: {describe(report)}; kept {report['kept']} of {report['puzzles_kept']} puzzles, "
-                  f"{len(found)} of them new")
+                  f"{len(found)} of these rows are new")
             if round_ < config.rounds:
                 source = fine_tune(rows, round_, config)
 
@@ -192,11 +200,7 @@ def main() -> None:
         if config.limit and len(rows) > config.limit:
             rows = rng.sample(rows, config.limit)
         if config.non_cot:
-            wanted = round(len(rows) * config.non_cot_share / (1 - config.non_cot_share))
-            if len(non_cot) < wanted:
-                raise ValueError(f"got {len(non_cot)} rows in {config.non_cot}, expected at least {wanted}: a share of "
-                                 f"{config.non_cot_share} beside {len(rows)} rows with thinking")
-            rows += rng.sample(non_cot, wanted)
+            rows += rng.sample(non_cot, round(len(rows) * config.non_cot_share / (1 - config.non_cot_share)))
         rng.shuffle(rows)
 
     # 3. written whole or not at all

@@ -185,11 +185,11 @@ def test_when_nothing_is_left_the_filter_that_took_the_last_is_named(fake_sample
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_few_replies_are_refused_and_nothing_is_written(fake_sampler, base, refused, tmp_path):
-    fake_sampler(right)
+def test_too_few_replies_are_refused_before_anything_is_sampled(fake_sampler, base, refused, tmp_path):
+    asked = fake_sampler(right)
     refused(rejection, "--model", base, "--n", 30, "--samples", 2, "--out", tmp_path / "out.jsonl",
-            "--non-cot", replies_file(tmp_path, 19), says=("got 19 rows", "expected at least 20"))
-    assert not (tmp_path / "out.jsonl").exists()
+            "--non-cot", replies_file(tmp_path, 19), says=("got 19 rows", "expected 20", "beside up to 60 rows"))
+    assert not (tmp_path / "out.jsonl").exists() and asked == []
 
 
 def test_broken_replies_are_refused_before_anything_is_sampled(base, refused, tmp_path):

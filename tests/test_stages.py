@@ -196,7 +196,7 @@ def comparison(**settings) -> list[Stage]:
 
 @pytest.mark.parametrize("list_", (
     recipe(), recipe(style="chat", level="tinyzero", model="some/model", rl_flags="--batch-size 64 --lora-rank 8"),
-    comparison(), comparison(logits=True), comparison(data="traces.jsonl"), comparison(non_cot=0, style="chat")),
+    comparison(), comparison(logits=True), comparison(data="traces.jsonl"), comparison(non_cot=False, style="chat")),
     ids=("r1", "r1 chat", "distill", "distill logits", "distill data", "distill chat"))
 def test_every_command_is_one_that_its_script_takes(list_):
     """Each is parsed as its script parses it, so a flag that was renamed is found here and not after an hour."""

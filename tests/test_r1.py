@@ -1,0 +1,179 @@
+"""The whole recipe in small, as one command: every stage runs, a second call runs none, and the table holds what the
+evaluations say. The models know something here (they are the shipped ones), since a stage needs right completions."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import plots
+import r1
+import stages
+from general import write_rows
+from run_folder import append_jsonl, read_jsonl
+
+ROOT = Path(r1.__file__).parent
+SMALL = ("--zero-steps", 1, "--rl-steps", 2, "--general-steps", 1, "--hacking-steps", 1, "--puzzles", 60, "--samples", 4,
+         "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags", "--batch-size 32 --group-size 8", "--max-new-tokens", 200)
+
+
+def call(out, *flags):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["r1.py", "--out", str(out), *map(str, (*SMALL, *flags))])
+        patch.chdir(ROOT)
+        try:
+            r1.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The folder of a finished recipe."""
+    call(out := tmp_path_factory.mktemp("r1") / "out")
+    return out
+
+
+def test_it_ends_with_a_table_and_two_pictures(recipe):
+    table = json.loads((recipe / "table.json").read_text())
+    assert list(table["rows"]) == list(r1.ROWS) and table["seeds"] == 1 and table["n"] == 16
+    for name, row in table["rows"].items():
+        evaluation = json.loads((recipe / "seed0" / f"eval-{name}.json").read_text())
+        assert all(row[column] == evaluation[column] for column in r1.COLUMNS)
+        assert row["seeds"]["pass@1"] == [evaluation["pass@1"]]
+    assert table["minutes_of_a_seed"] == pytest.approx(sum(table["minutes"].values())) and table["disk_mib"] > 10
+    assert set(table["minutes"]) == {stage.name for stage in r1.all_stages(r1.Config(), 0)}
+    flops = {name: row["flops"] for name, row in table["rows"].items() if "flops" in row}
+    assert flops["distill-rl"] > flops["distill"] > flops["student-base"] == 0
+    markdown = (recipe / "table.md").read_text().splitlines()
+    assert len(markdown) == 4 + len(r1.ROWS) and all(line.count("|") == 13 for line in markdown[2:])
+    for name in ("ladder.png", "hacking.png"):
+        assert (recipe / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_minutes_of_a_row_are_those_of_the_stages_that_made_it(recipe):
+    table = json.loads((recipe / "table.json").read_text())
+    named = [stage for _, stages_ in r1.ROWS.values() for stage in stages_]
+    assert len(named) == len(set(named))
+    made = {stage.name for stage in r1.all_stages(r1.Config(), 0) if not stage.name.startswith(("eval-", "four-"))}
+    assert set(named) == made  # none is forgotten
+    assert table["rows"]["distill"]["minutes"] == pytest.approx(
+        sum(table["minutes"][name] for name in ("student-replies", "student-traces", "distill")))
+
+
+def test_general_prompts_come_in_the_last_steps_only(recipe):
+    rows = read_jsonl(recipe / "seed0" / "rl-all" / "metrics.jsonl")
+    assert ["preference" in row for row in rows if row["step"]] == [False, True]
+    assert {"general_good", "general_thinking", "accuracy"} <= rows[-1].keys()
+    (row,) = [row for row in read_jsonl(recipe / "seed0" / "hacking" / "metrics.jsonl") if row["step"]]
+    assert "preference" in row and "accuracy" not in row  # general prompts alone
+
+
+def test_the_dataset_of_r1_is_three_parts_thinking_and_one_part_not(recipe):
+    rows = read_jsonl(recipe / "seed0" / "r1-data.jsonl")
+    non_cot = sum(row["source"] == "general.py" for row in rows)
+    assert non_cot == round((len(rows) - non_cot) / 3) > 0
+    assert {row["source"] for row in rows} == {"general.py", str(recipe / "seed0" / "rl" / "checkpoint")}
+
+
+def test_a_second_call_runs_nothing_and_says_the_same(recipe, monkeypatch, capfd):
+    before = (recipe / "table.json").read_text()
+    monkeypatch.setattr(stages, "run_stage", None)
+    monkeypatch.setattr(stages.importlib, "import_module", no_stage(stages.importlib.import_module))
+    call(recipe)
+    assert (recipe / "table.json").read_text() == before
+    printed = capfd.readouterr().out
+    assert printed.count("done before") == len(r1.all_stages(r1.Config(), 0)) and "=== " not in printed
+
+
+def no_stage(import_module):
+    """importlib.import_module, whose scripts have a Config and refuse to run."""
+    def refuse():
+        raise AssertionError("a stage ran")
+
+    def imported(name):
+        return type("Script", (), {"Config": getattr(import_module(name), "Config", None), "main": staticmethod(refuse)})
+    return imported
+
+
+def test_the_list_of_commands_says_what_is_done(recipe, capfd):
+    call(recipe, "--list")
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == len(r1.all_stages(r1.Config(), 0)) and all(line.startswith("done ") for line in lines)
+    assert all(" python " in line and ".py " in line for line in lines)
+
+
+def test_from_a_stage_on_everything_is_made_again(recipe, tmp_path, capfd):
+    copy = tmp_path / "copy"  # of the last stages: what they read stays where it was
+    shutil.copytree(recipe, copy)
+    for path in (copy / "seed0" / "stages").glob("*.json"):
+        path.write_text(path.read_text().replace(str(recipe), str(copy)))
+    call(copy, "--from", "four-rl-all")
+    printed = capfd.readouterr().out
+    assert [line[4:] for line in printed.splitlines() if line.startswith("=== ")] == ["four-rl-all", "four-distill"]
+    assert (copy / "seed0" / "four-rl-all.json.old").exists() and not (copy / "seed0" / "four-zero.json.old").exists()
+
+
+def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
+    refused(r1, "--out", tmp_path / "out", "--only", "cold-start",
+            says=("stage cold-start without its input", "cold.jsonl, which stage cold-data makes: python rejection.py"))
+
+
+@pytest.mark.parametrize("flags, says", (
+    (("--only", "nothing"), ("got --only 'nothing', expected a stage: eval-base, zero",)),
+    (("--from", "nothing"), ("got --from 'nothing', expected a stage",)),
+    (("--general-steps", 50), ("got general_steps 50, expected 1 to rl_steps 40",)),
+    (("--style", "base"), ("got style base", "expected tiny or chat")),
+    (("--seed", 1), ("got seed 1 with seeds 1, expected one below it",)),
+    (("--level", "hard"), ("got level 'hard'",)),
+    (("--seeds", 0), ("at least 1",)),
+    (("--model", "models/none"), ("models/none",)),
+))
+def test_bad_flags_are_refused(flags, says, tmp_path, refused):
+    refused(r1, "--out", tmp_path / "out", *flags, says=says)
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_a_killed_recipe_goes_on_where_it_was(tmp_path):
+    """SIGKILL in the middle of R1-Zero; the second call resumes that run instead of beginning it again."""
+    zero = tmp_path / "seed0" / "zero"
+    flags = [sys.executable, "r1.py", "--out", tmp_path, *SMALL, "--zero-steps", 4, "--rl-flags",
+             "--batch-size 32 --group-size 8 --save-every 1 --eval-every 99", "--only", "zero"]
+    process = subprocess.Popen(list(map(str, flags)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (zero / "metrics.jsonl").exists() or len((zero / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = read_jsonl(zero / "metrics.jsonl")
+    done = subprocess.run(list(map(str, flags)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = read_jsonl(zero / "metrics.jsonl")
+    assert [row["step"] for row in after] == [0, 1, 2, 3, 4] and after[:2] == before[:2]
+    assert not (tmp_path / "seed0" / "zero.old").exists()
+
+
+def test_the_ladder_draws_every_seed(recipe, tmp_path, monkeypatch):
+    """Two seeds: two dots a row, and the hacking curve is their mean and range."""
+    table = json.loads((recipe / "table.json").read_text())
+    for row in table["rows"].values():
+        row["seeds"] = {name: values * 2 for name, values in row["seeds"].items()}
+    figures = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, out: figures.append(figure))
+    plots.plot_ladder(table, tmp_path / "ladder.png")
+    axis = figures[0].axes[0]
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    assert len(dots) == len(r1.ROWS) and all(len(line.get_xdata()) == 2 for line in dots)
+    logs = [[{"step": 1, "preference": p, "general_good": 0.5}, {"step": 2, "preference": p, "general_good": 1.0}]
+            for p in (1.0, 3.0)]
+    plots.plot_hacking(logs, tmp_path / "hacking.png")
+    assert figures[1].axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
+    assert figures[1].axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0]
