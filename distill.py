@@ -14,8 +14,8 @@ the same student and from the same base, at no less compute for RL than for dist
     python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
     python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
 
-The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in PFLOPs (2 a parameter and token
-read or written, 4 more where it is trained on). Each stage is skipped when it is done (stages.py), so an interrupted
+The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in TFLOPs (2 a parameter and completion
+token read or written, 6 where it is trained on; the teacher's writing counts, its own training does not). Each stage is skipped when it is done (stages.py), so an interrupted
 comparison goes on when the same command is given again.
 """
 
@@ -115,7 +115,7 @@ def parameters(directory) -> int:
 
 
 def compute(config: Config) -> dict[str, float]:
-    """FLOPs of each arm, by the rule of 2 a parameter and token for a forward pass and 6 for training on it."""
+    """FLOPs of each arm, by the rule of 2 a parameter and completion token for a forward pass and 6 for training."""
     folder = Path(config.out)
     student, flops = parameters(config.student), {}
     traces = 0
@@ -157,10 +157,10 @@ def main() -> None:
         for stage in stages:
             run_stage(Path(config.out), stage, stages, "the same command")
         table = results(config)
-    print(f"\n{'':>14}  pass@1 (95% interval)      tokens  minutes  PFLOPs")
+    print(f"\n{'':>14}  pass@1 (95% interval)      tokens  minutes  TFLOPs")
     for name, row in table.items():
         print(f"{name:>14}  {row['pass@1']:6.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})  "
-              f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e15:7.4f}")
+              f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e12:7.2f}")
     (Path(config.out) / "table.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

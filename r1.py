@@ -209,7 +209,7 @@ def markdown(table: dict) -> str:
     lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} held-out puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
              "| stage | pass@1 (95% interval) | of the seeds | one language | mixed | format | tokens | needless "
-             "thinking | greetings | arithmetic | 4 numbers | minutes |", "|---" * 12 + "|"]
+             "thinking | greetings | arithmetic | 4 numbers | TFLOPs | minutes |", "|---" * 13 + "|"]
     for row in table["rows"].values():
         own = row["seeds"]["pass@1"]
         share = [f"{row[name]:.1%}" if name in row else "" for name in
@@ -217,7 +217,7 @@ def markdown(table: dict) -> str:
         lines.append("| " + " | ".join([
             row["label"], f"{row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})",
             " ".join(f"{value:.1%}" for value in own), *share[:3], f"{row['completion_tokens']:.0f}", *share[3:],
-            f"{row['minutes']:.1f}"]) + " |")
+            f"{row['flops'] / 1e12:.1f}" if row.get("flops") else "", f"{row['minutes']:.1f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 

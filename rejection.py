@@ -22,13 +22,19 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from countdown import Puzzle, check_task, make_prompt, sample_puzzles
 from model import DTYPES, check_dtype, load
 from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
 from run_folder import append_jsonl, bad_input_exits, fail, parse_config, read_jsonl
 from sampling import Completion, complete
+from stages import fingerprint
+
+CHUNK = 2048  # completions that are sampled, filtered and written down together
 
 
 @dataclass(frozen=True)
@@ -103,22 +109,48 @@ FILTERS = (correct, well_formatted, one_language, short_enough, not_repetitive)
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def sample_rows(model, tokenizer, source: str, round_: int, config: Config) -> tuple[list[dict], dict]:
-    """-> (rows that passed, report). Raises ValueError where nothing passed, with the filter that took the last."""
+def sample_rows(model, tokenizer, source: str, round_: int, config: Config, known: dict, keep) -> tuple[list, dict]:
+    """-> (rows that passed, report). Raises ValueError where nothing passed, with the filter that took the last.
+
+    known holds what a killed run had already sampled, as {(round, first puzzle): chunk}; keep(chunk) writes one down.
+    """
     puzzles = sample_puzzles(config.n, level=config.level, held_out=False, seed=config.seed)
     prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
     longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
     if longest + config.max_new_tokens > model.config.context:
         raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, together "
                          f"more than the model's context of {model.config.context}; lower --max-new-tokens")
-    repeated = [i for i in range(len(prompts)) for _ in range(config.samples)]
+    dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
+    rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
+    for start in tqdm(range(0, len(puzzles), at_once), desc=f"round {round_}", unit="chunk"):
+        chunk = known.get((round_, start))
+        if chunk is None:
+            chunk = sample_chunk(model, tokenizer, puzzles, prompts, start, at_once, source, round_, config)
+            keep(chunk)
+        rows += chunk["rows"]
+        tokens += chunk["tokens"]
+        dropped.update(chunk["dropped"])
+    report = {"source": source, "round": round_, "puzzles": len(puzzles), "sampled": len(puzzles) * config.samples,
+              "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
+              "puzzles_kept": len({row["prompt"] for row in rows})}
+    if not rows:
+        last = [name for name, count in dropped.items() if count][-1]
+        raise ValueError(f"got {report['sampled']} completions of {source} and none was left after the filter {last}, "
+                         f"which took the last {dropped[last]} (in all: {describe(report)}); expected some to pass: "
+                         "sample more, loosen that filter, or train the model further")
+    return rows, report
+
+
+def sample_chunk(model, tokenizer, puzzles, prompts, start: int, at_once: int, source, round_: int, config) -> dict:
+    """The completions of at_once puzzles from start on, filtered. Each has its own random stream (sampling.py), so
+    chunks change no token."""
+    repeated = [i for i in range(start, min(start + at_once, len(puzzles))) for _ in range(config.samples)]
     _, completions, texts = complete(
         model, tokenizer, [prompts[i] for i in repeated], max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_p=config.top_p, slots=config.slots,
+        temperature=config.temperature, top_p=config.top_p, slots=config.slots, first_index=start * config.samples,
         seed=random.Random(f"{config.seed}, {round_}").getrandbits(32))
-    dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
-    rows, seen = [], Counter()
-    for index, (i, completion, text) in enumerate(zip(repeated, completions, texts)):
+    rows, dropped, seen = [], Counter(), Counter()
+    for index, (i, completion, text) in enumerate(zip(repeated, completions, texts), start * config.samples):
         reason = next((f.__name__ for f in FILTERS if not f(text, completion, puzzles[i], config)), None)
         if reason is None:
             reason = "duplicates" if seen[i, text] else "per_puzzle" if seen[i] == config.per_puzzle else None
@@ -131,15 +163,24 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config) -> t
                      "completion": text.removeprefix("<think>" * prompts[i].endswith("<think>")),
                      **puzzles[i]._asdict(), "language": config.language, "tokens": len(completion.token_ids),
                      "source": source, "round": round_, "seed": config.seed, "index": index})
-    report = {"source": source, "round": round_, "puzzles": len(puzzles), "sampled": len(texts),
-              "sampled_tokens": sum(len(c.token_ids) for c in completions), "dropped": dict(dropped),
-              "kept": len(rows), "puzzles_kept": len({row["prompt"] for row in rows})}
-    if not rows:
-        last = [name for name, count in dropped.items() if count][-1]
-        raise ValueError(f"got {len(texts)} completions of {source} and none was left after the filter {last}, which "
-                         f"took the last {dropped[last]} (in all: {describe(report)}); expected some to pass: sample "
-                         "more, loosen that filter, or train the model further")
-    return rows, report
+    return {"round": round_, "start": start, "rows": rows, "dropped": dict(dropped),
+            "tokens": sum(len(completion.token_ids) for completion in completions)}
+
+
+def read_partial(path: Path, header: dict) -> dict:
+    """What a killed run of the same flags and the same model had sampled -> {(round, first puzzle): chunk}."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that was being written
+            break
+    if not found or found[0] != header:
+        path.unlink(missing_ok=True)
+        append_jsonl(path, header)
+        return {}
+    return {(chunk["round"], chunk["start"]): chunk for chunk in found[1:]}
 
 
 def describe(report: dict) -> str:
@@ -147,18 +188,21 @@ def describe(report: dict) -> str:
 
 
 def fine_tune(rows: list[dict], round_: int, config: Config) -> str:
-    """SFT of --base on the rows of all rounds so far -> the checkpoint that the next round samples from."""
+    """SFT of --base on the rows of all rounds so far -> the checkpoint that the next round samples from. One that was
+    killed goes on."""
     folder = Path(f"{config.out}.round{round_}")
-    if (folder / "sft" / "checkpoint").is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    append_jsonl(folder / "rows.jsonl", *rows)
+    data, run = folder / "rows.jsonl", folder / "sft"
+    flags = ["--resume", run]
+    if not (run / "checkpoint").is_dir() or not data.exists() or read_jsonl(data) != rows:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        append_jsonl(data, *rows)
+        flags = ["--data", data, "--model", config.base, "--out", run, "--eval-rows", max(1, len(rows) // 20),
+                 "--device", config.device, "--seed", config.seed, *config.sft_flags.split()]
     sft = Path(__file__).parent / "sft.py"
-    flags = ["--data", folder / "rows.jsonl", "--model", config.base, "--out", folder / "sft", "--eval-rows",
-             max(1, len(rows) // 20), "--device", config.device, "--seed", config.seed, *config.sft_flags.split()]
     if subprocess.run([sys.executable, sft, *map(str, flags)]).returncode:
         fail(f"sft.py failed in round {round_}; its error stands above")
-    return str(folder / "sft" / "checkpoint")
+    return str(run / "checkpoint")
 
 
 def main() -> None:
@@ -183,11 +227,18 @@ def main() -> None:
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
         rows, reports, source, started = [], [], config.model, time.time()
+        partial_path = Path(f"{out}.partial")  # what is sampled so far: the same command goes on from there after a kill
+        known = read_partial(partial_path, {**asdict(config), "weights": fingerprint(config.model)})
         for round_ in range(1, config.rounds + 1):
             model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
-            found, report = sample_rows(model.eval(), tokenizer, source, round_, config)
-            known = {(row["prompt"], row["completion"]) for row in rows}
-            found = [row for row in found if (row["prompt"], row["completion"]) not in known]
+            try:
+                found, report = sample_rows(model.eval(), tokenizer, source, round_, config, known,
+                                            partial(append_jsonl, partial_path))
+            except ValueError:  # the same command would end the same way
+                partial_path.unlink()
+                raise
+            earlier = {(row["prompt"], row["completion"]) for row in rows}
+            found = [row for row in found if (row["prompt"], row["completion"]) not in earlier]
             rows += found
             reports.append({**report, "new": len(found)})
             print(f"round {round_}: {describe(report)}; kept {report['kept']} of {report['puzzles_kept']} puzzles, "
@@ -210,6 +261,7 @@ def main() -> None:
     staging.unlink(missing_ok=True)
     append_jsonl(staging, *rows)
     staging.replace(out)
+    partial_path.unlink()
     print(f"{len(rows)} rows in {out}, the report in {report_path}, {(time.time() - started) / 60:.1f} minutes")
 
 

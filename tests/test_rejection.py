@@ -80,6 +80,10 @@ def model(base):
     return load(base)
 
 
+def ignore(chunk):
+    """Where nothing needs to be kept for after a kill."""
+
+
 def right(numbers, target, i) -> str:
     return written(f"{'9 no,' * (i + 1)}\n9 yes", solve(numbers, target))
 
@@ -90,7 +94,7 @@ def test_every_completion_is_kept_or_counted(fake_sampler, model):
         return (right(numbers, target, 0), right(numbers, target, 0), written("9 no,", "1"),
                 right(numbers, target, 1).replace("no", "nein"), right(numbers, target, 2), right(numbers, target, 3))[i]
     fake_sampler(write)
-    rows, report = sample_rows(*model, "here", 1, Config(n=20, samples=6, per_puzzle=2))
+    rows, report = sample_rows(*model, "here", 1, Config(n=20, samples=6, per_puzzle=2), {}, ignore)
     assert report["dropped"] == {"correct": 20, "well_formatted": 0, "one_language": 20, "short_enough": 0,
                                  "not_repetitive": 0, "duplicates": 20, "per_puzzle": 20}
     assert report["sampled"] == 120 == report["kept"] + sum(report["dropped"].values())
@@ -99,7 +103,7 @@ def test_every_completion_is_kept_or_counted(fake_sampler, model):
 
 def test_a_row_says_where_it_came_from(fake_sampler, model):
     fake_sampler(right)
-    rows, _ = sample_rows(*model, "runs/x/checkpoint", 2, Config(n=30, samples=1, seed=7))
+    rows, _ = sample_rows(*model, "runs/x/checkpoint", 2, Config(n=30, samples=1, seed=7), {}, ignore)
     for index, row in enumerate(rows):
         assert row["prompt"] == f"using {' '.join(map(str, row['numbers']))} make {row['target']}\n"
         assert accuracy_reward(row["completion"], row["numbers"], row["target"]) == 1.0
@@ -115,7 +119,7 @@ def test_a_prompt_that_ends_in_think_is_not_given_that_tag_twice(monkeypatch, mo
         texts = [right(*puzzle, 0) for puzzle in puzzles]
         return None, [completion(text) for text in texts], texts
     monkeypatch.setattr(rejection, "complete", complete)
-    rows, _ = sample_rows(*model, "here", 1, Config(n=2, samples=1, style="base"))
+    rows, _ = sample_rows(*model, "here", 1, Config(n=2, samples=1, style="base"), {}, ignore)
     assert all(row["prompt"].endswith("<think>") and row["completion"].startswith("\n9 no") for row in rows)
 
 
@@ -166,7 +170,61 @@ def test_a_round_is_an_sft_of_the_base(monkeypatch, tmp_path, base):
     checkpoint = rejection.fine_tune(rows, 1, config)
     assert checkpoint == f"{tmp_path}/rounds.jsonl.round1/sft/checkpoint"
     assert load(checkpoint)[0].config == load(base)[0].config
-    assert rejection.fine_tune(rows, 1, config) == checkpoint  # what a killed round left is made again
+    written_at = (tmp_path / "rounds.jsonl.round1" / "sft" / "config.json").stat().st_mtime_ns
+    assert rejection.fine_tune(rows, 1, config) == checkpoint  # after a kill it goes on, here to nothing
+    assert (tmp_path / "rounds.jsonl.round1" / "sft" / "config.json").stat().st_mtime_ns == written_at
+    rejection.fine_tune(rows[1:], 1, config)  # other rows: from the beginning
+    assert (tmp_path / "rounds.jsonl.round1" / "sft" / "config.json").stat().st_mtime_ns > written_at
+
+
+def test_chunks_change_no_row(monkeypatch, model):
+    """A true sampler, so right is what has an answer tag or not: the random streams are the completions' own."""
+    monkeypatch.setattr(rejection, "FILTERS", (lambda text, *rest: "5" in text,))
+    rejection.FILTERS[0].__name__ = "five"
+    config, found = Config(n=10, samples=3, max_new_tokens=12), []
+    for rejection.CHUNK in (2048, 6, 1):
+        found.append(sample_rows(*model, "here", 1, config, {}, ignore))
+    monkeypatch.undo()
+    assert found[0] == found[1] == found[2] and 0 < len(found[0][0]) < 30
+    assert len({row["index"] for row in found[0][0]}) == len(found[0][0])
+
+
+def test_a_killed_run_goes_on_where_it_was(monkeypatch, tmp_path, base, fake_sampler):
+    """Killed in the third of four chunks, in the middle of a line: two chunks are not sampled again."""
+    monkeypatch.setattr(rejection, "CHUNK", 10)
+    flags = ("--model", base, "--n", 20, "--samples", 2)
+    fake_sampler(right)
+    whole = call(monkeypatch, tmp_path, *flags)
+    (tmp_path / "out.jsonl").unlink()
+    calls = fake_sampler(lambda *puzzle: right(*puzzle) if len(calls) < 3 else kill())
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, tmp_path, *flags)
+    partial = tmp_path / "out.jsonl.partial"
+    assert len(partial.read_text().splitlines()) == 1 + 2 and not (tmp_path / "out.jsonl").exists()
+    partial.write_text(partial.read_text() + '{"round": 1, "sta')
+    calls = fake_sampler(right)
+    assert call(monkeypatch, tmp_path, *flags) == whole and len(calls) == 2
+    assert not partial.exists()
+
+
+def kill():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ("flag", "weights"))
+def test_what_other_flags_or_weights_sampled_is_not_used(monkeypatch, tmp_path, base, fake_sampler, change):
+    fake_sampler(lambda *puzzle: kill())
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, tmp_path, "--model", base, "--n", 20, "--samples", 2)
+    partial = tmp_path / "out.jsonl.partial"
+    header = json.loads(partial.read_text())
+    append_jsonl(partial, {"round": 1, "start": 0, "rows": [{"prompt": "old", "completion": ""}], "tokens": 1, "dropped": {}})
+    if change == "weights":
+        partial.write_text(partial.read_text().replace(header["weights"], "others"))
+    fake_sampler(right)
+    rows = call(monkeypatch, tmp_path, "--model", base, "--n", 20, "--samples", 2,
+                *(("--seed", 1) if change == "flag" else ()))
+    assert "old" not in {row["prompt"] for row in rows}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
