@@ -1,0 +1,119 @@
+"""RL on all prompts: general prompts in the last steps, scored by a reward model, in the tiny and in a chat style."""
+
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import general
+import train_countdown
+from general import write_rows
+from model import load, save
+from preference import RewardModel, save_reward_model
+from run_folder import append_jsonl, read_jsonl
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}make{% endif %}"
+TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module", params=("tiny", "chat"))
+def world(request, base, tmp_path_factory):
+    """-> (style, model directory, questions, reward model directory). A chat model is one with a template."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, tokenizer = load(base)
+    if request.param == "chat":
+        tokenizer.chat_template = TEMPLATE
+    save(model, tokenizer, folder / "model")
+    append_jsonl(folder / "questions.jsonl", *write_rows("questions", 40, 0, request.param, tokenizer))
+    torch.manual_seed(0)
+    save_reward_model(RewardModel(model), tokenizer, folder / "judge")
+    return request.param, folder / "model", folder / "questions.jsonl", folder / "judge"
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def flags(world, out, **more) -> list[str]:
+    style, model, questions, judge = world
+    settings = dict(model=model, style=style, general=questions, preference=judge, out=out, steps=3, general_steps=2,
+                    batch_size=16, group_size=4, max_new_tokens=16, learning_rate=1e-2, eval_n=8, eval_every=9,
+                    save_every=1, sample_every=1) | more
+    return ["train_countdown.py", *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items())]
+
+
+def rows_of(run) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in TIMES}
+            for row in read_jsonl(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("share, of_four", ((0.01, 1), (0.5, 2), (1.0, 4)))
+def test_general_prompts_take_their_share_of_the_last_steps(world, tmp_path, monkeypatch, share, of_four):
+    asked, complete = [], train_countdown.complete
+    monkeypatch.setattr(train_countdown, "complete", lambda model, tokenizer, prompts, **settings: asked.append(
+        prompts[::4]) or complete(model, tokenizer, prompts, **settings))
+    monkeypatch.setattr(sys, "argv", flags(world, tmp_path / "run", general_share=share))
+    train_countdown.main()
+    known = {row["prompt"] for row in read_jsonl(world[2])}
+    assert [sum(prompt in known for prompt in prompts) for prompts in asked] == [0, of_four, of_four]
+    assert all(len(prompts) == 4 for prompts in asked)
+    rows = rows_of(tmp_path / "run")[1:]
+    assert ["preference" in row for row in rows] == [False, True, True]
+    assert ["accuracy" in row for row in rows] == [True, share < 1, share < 1]
+    assert all(row["gradient_norm"] > 0 for row in rows[1:])  # scores differ, so there is something to learn
+
+
+def test_a_resumed_run_with_general_prompts_equals_the_uninterrupted_one(world, tmp_path, monkeypatch):
+    """Stopped after step 2, in the middle of the general ones."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    monkeypatch.setattr(sys, "argv", flags(world, whole))
+    train_countdown.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_countdown, "StopRequest", lambda: type("Stop", (), {
+            "requested": property(lambda self: len(rows_of(parts)) == 3)})())
+        patch.setattr(sys, "argv", flags(world, parts))
+        with pytest.raises(SystemExit):
+            train_countdown.main()
+    assert len(rows_of(parts)) == 3
+    monkeypatch.setattr(sys, "argv", ["train_countdown.py", "--resume", str(parts)])
+    train_countdown.main()
+    assert rows_of(parts) == rows_of(whole)
+    ours, theirs = (load_file(run / "checkpoint" / "model.safetensors") for run in (parts, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_greetings_are_evaluated_in_the_models_own_style(world, monkeypatch):
+    style, directory, _, _ = world
+    model, tokenizer = load(directory)
+    asked, complete = [], evaluate.complete
+    monkeypatch.setattr(evaluate, "complete", lambda model, tokenizer, prompts, **settings: asked.append(
+        prompts) or complete(model, tokenizer, prompts, **settings))
+    table, _ = evaluate.evaluate(model, tokenizer, evaluate.Config(style=style, n=8, max_new_tokens=8))
+    assert asked[1][0] == general.question_prompt(f"{evaluate.GREETINGS[0]}\n", style, tokenizer)
+    assert ("greetings" in table) == (style == "tiny")  # what a good reply is, is only known of the tiny world
+    assert 0 <= table["needless_thinking"] <= 1
+
+
+def test_what_general_prompts_need_is_said(base, refused, tmp_path, world):
+    _, _, questions, judge = world
+    for given, says in ((("--general-steps", 2), "expected with it --general FILE.jsonl, --preference MODEL"),
+                        (("--general-steps", 2, "--general", questions), "--preference MODEL"),
+                        (("--general-steps", 2, "--general", questions, "--preference", base),
+                         "is a language model; expected a reward model"),
+                        (("--general-steps", 2, "--general", tmp_path / "no.jsonl", "--preference", judge), "no.jsonl"),
+                        (("--general-steps", 2, "--general", questions, "--preference", judge, "--general-share", 0),
+                         "a general_share within (0, 1]")):
+        refused(train_countdown, "--model", base, "--out", tmp_path / "run", *given, says=(says,))
+    assert not (tmp_path / "run").exists()
+    long = tmp_path / "long.jsonl"
+    append_jsonl(long, {"prompt": "hello " * 1020})
+    refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--general-steps", 2, "--general", long,
+            "--preference", judge, says=("more than the model's context of 1024",))
