@@ -111,7 +111,7 @@ def plot_ladder(table: dict, out) -> Path:
 
     table is what r1.py collects: {"rows": {name: {"label", "pass@1", ..., "seeds": {column: values}}}}.
     """
-    panels = (("pass@1", "pass@1"), ("language", "words in one language"),
+    panels = (("pass@1", "pass@1"), ("language", "words in English"),
               ("needless_thinking", "greetings thought over"), ("arithmetic", "direct arithmetic right"),
               ("completion_tokens", "tokens a completion"))
     rows = list(table["rows"].values())[::-1]  # the first on top
@@ -139,18 +139,26 @@ def plot_ladder(table: dict, out) -> Path:
 
 
 def plot_hacking(runs: list[list[dict]], out) -> Path:
-    """A policy that trains on the reward model's score alone: the score, and what the rule says of the same replies."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for axis, name, label in ((axes[0], "preference", "reward model's score (what it trains on)"),
-                              (axes[1], "general_good", "replies that are good by the rule")):
+    """A policy that trains on the reward model's score alone: the score, what the rule says of the same replies, and
+    what is left of the held-out puzzles. Thin: each step, whose questions differ; thick: the mean of ten; band: range
+    of the runs."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
+    for axis, name, label, colour in (
+            (axes[0], "preference", "reward model's score (what it trains on)", "tab:orange"),
+            (axes[1], "general_good", "replies that are good by the rule", "tab:blue"),
+            (axes[2], "eval_pass@1", "held-out puzzles: pass@1", "tab:green")):
         steps, mean, low, high = series(runs, name)
-        axis.plot(steps, mean, color="tab:orange" if name == "preference" else "tab:blue")
-        axis.fill_between(steps, low, high, alpha=0.2, color="tab:orange" if name == "preference" else "tab:blue")
+        if len(steps) > 20:
+            axis.plot(steps, mean, color=colour, alpha=0.4, linewidth=1)
+            mean = [sum(window) / len(window) for window in (mean[max(0, i - 9):i + 1] for i in range(len(mean)))]
+        axis.plot(steps, mean, color=colour, linewidth=2)
+        axis.fill_between(steps, low, high, alpha=0.15, color=colour)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
-    axes[1].set_ylim(-0.03, 1.03)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if name != "preference":
+            axis.set_ylim(-0.03, 1.03)
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return write_figure(figure, out)
 
 

@@ -208,7 +208,7 @@ def markdown(table: dict) -> str:
     """The table as the README shows it."""
     lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} held-out puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
-             "| stage | pass@1 (95% interval) | of the seeds | one language | mixed | format | tokens | needless "
+             "| stage | pass@1 (95% interval) | of the seeds | English | mixed | format | tokens | needless "
              "thinking | greetings | arithmetic | 4 numbers | TFLOPs | minutes |", "|---" * 13 + "|"]
     for row in table["rows"].values():
         own = row["seeds"]["pass@1"]

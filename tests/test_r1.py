@@ -172,8 +172,9 @@ def test_the_ladder_draws_every_seed(recipe, tmp_path, monkeypatch):
     axis = figures[0].axes[0]
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     assert len(dots) == len(r1.ROWS) and all(len(line.get_xdata()) == 2 for line in dots)
-    logs = [[{"step": 1, "preference": p, "general_good": 0.5}, {"step": 2, "preference": p, "general_good": 1.0}]
-            for p in (1.0, 3.0)]
+    logs = [[{"step": 0, "eval_pass@1": 0.9}, {"step": 1, "preference": p, "general_good": 0.5},
+             {"step": 2, "preference": p, "general_good": 1.0, "eval_pass@1": 0.1}] for p in (1.0, 3.0)]
     plots.plot_hacking(logs, tmp_path / "hacking.png")
     assert figures[1].axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
     assert figures[1].axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0]
+    assert figures[1].axes[2].lines[0].get_xdata().tolist() == [0, 2]
