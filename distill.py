@@ -47,7 +47,8 @@ class Config:
     batch_tokens: int = 4096         # tokens per optimizer step of SFT
     rl_steps: int = 80               # of RL alone; enough that it costs no less than distillation
     after_steps: int = 40            # of RL after distillation
-    rl_learning_rate: float = 1e-3   # AdamW peak; for 0.2M parameters
+    rl_learning_rate: float = 1e-3   # AdamW peak of RL alone; for 0.2M parameters
+    after_learning_rate: float = 2e-4  # AdamW peak of RL after distillation; 1e-3 undoes some of what was learnt
     rl_flags: str = ""               # more flags for both train_countdown.py runs
     max_new_tokens: int = 512        # a longer completion is cut off
     eval_n: int = 512                # held-out puzzles
@@ -82,14 +83,17 @@ def student_stages(config: Config) -> list[Stage]:
     sft = ("--data", data, "--model", config.student, "--epochs", config.epochs, "--learning-rate",
            config.sft_learning_rate, "--batch-tokens", config.batch_tokens, "--eval-rows", max(1, config.eval_n // 2),
            "--seed", config.seed, *machine)
-    rl = (*task, "--learning-rate", config.rl_learning_rate, "--max-new-tokens", config.max_new_tokens, "--eval-n",
-          config.eval_n, "--seed", config.seed, *machine, *config.rl_flags.split())
+
+    def rl(name, model, steps, learning_rate):
+        return Stage(name, "train_countdown", (
+            "--model", model, "--steps", steps, *task, "--learning-rate", learning_rate, "--max-new-tokens",
+            config.max_new_tokens, "--eval-n", config.eval_n, "--seed", config.seed, *machine,
+            *config.rl_flags.split()), folder / name)
+
     stages += [
         Stage("distill", "sft", sft, folder / "distill"),
-        Stage("student-rl", "train_countdown", ("--model", config.student, "--steps", config.rl_steps, *rl),
-              folder / "student-rl"),
-        Stage("distill-rl", "train_countdown", ("--model", folder / "distill" / "checkpoint", "--steps",
-                                                config.after_steps, *rl), folder / "distill-rl")]
+        rl("student-rl", config.student, config.rl_steps, config.rl_learning_rate),
+        rl("distill-rl", folder / "distill" / "checkpoint", config.after_steps, config.after_learning_rate)]
     if config.logits:
         stages.append(Stage("logits", "sft", (*sft, "--teacher", config.teacher), folder / "logits"))
     models = {"student-base": config.student, **{
