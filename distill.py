@@ -46,9 +46,9 @@ class Config:
     sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
     batch_tokens: int = 4096         # tokens per optimizer step of SFT
     rl_steps: int = 80               # of RL alone; enough that it costs no less than distillation
-    after_steps: int = 40            # of RL after distillation
+    after_steps: int = 80            # of RL after distillation
     rl_learning_rate: float = 1e-3   # AdamW peak of RL alone; for 0.2M parameters
-    after_learning_rate: float = 2e-4  # AdamW peak of RL after distillation; 1e-3 undoes some of what was learnt
+    after_learning_rate: float = 5e-4  # AdamW peak of RL after distillation; 1e-3 undoes some of what was learnt
     rl_flags: str = ""               # more flags for both train_countdown.py runs
     max_new_tokens: int = 512        # a longer completion is cut off
     eval_n: int = 512                # held-out puzzles
@@ -84,16 +84,19 @@ def student_stages(config: Config) -> list[Stage]:
            config.sft_learning_rate, "--batch-tokens", config.batch_tokens, "--eval-rows", max(1, config.eval_n // 2),
            "--seed", config.seed, *machine)
 
-    def rl(name, model, steps, learning_rate):
+    def rl(name, model, steps, learning_rate, *more):
         return Stage(name, "train_countdown", (
             "--model", model, "--steps", steps, *task, "--learning-rate", learning_rate, "--max-new-tokens",
             config.max_new_tokens, "--eval-n", config.eval_n, "--seed", config.seed, *machine,
-            *config.rl_flags.split()), folder / name)
+            *more, *config.rl_flags.split()), folder / name)
 
     stages += [
         Stage("distill", "sft", sft, folder / "distill"),
         rl("student-rl", config.student, config.rl_steps, config.rl_learning_rate),
-        rl("distill-rl", folder / "distill" / "checkpoint", config.after_steps, config.after_learning_rate)]
+        # A good policy's groups are nearly all right. Divided by their small deviation, a rare slip would count for
+        # more than anything else, so here advantages are not divided by it (Dr. GRPO)
+        rl("distill-rl", folder / "distill" / "checkpoint", config.after_steps, config.after_learning_rate,
+           "--no-normalize-std")]
     if config.logits:
         stages.append(Stage("logits", "sft", (*sft, "--teacher", config.teacher), folder / "logits"))
     models = {"student-base": config.student, **{

@@ -178,3 +178,12 @@ def test_the_ladder_draws_every_seed(recipe, tmp_path, monkeypatch):
     assert figures[1].axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
     assert figures[1].axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0]
     assert figures[1].axes[2].lines[0].get_xdata().tolist() == [0, 2]
+
+
+def test_the_readme_shows_the_committed_numbers():
+    """docs/r1.json is the table.json of the README's command, line for line."""
+    table = json.loads((ROOT / "docs" / "r1.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for line in r1.markdown(table).splitlines()[2:]:
+        assert line in readme
+    assert table["seeds"] == 3 and table["n"] == 512
