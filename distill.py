@@ -14,9 +14,9 @@ the same student and from the same base, at no less compute for RL than for dist
     python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
     python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
 
-The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in TFLOPs (2 a parameter and completion
-token read or written, 6 where it is trained on; the teacher's writing counts, its own training does not). Each stage is skipped when it is done (stages.py), so an interrupted
-comparison goes on when the same command is given again.
+The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in TFLOPs (2 a parameter and
+completion token read or written, 6 where it is trained on; the teacher's writing counts, its own training does not).
+Each stage is skipped when it is done (stages.py), so an interrupted comparison goes on with the same command.
 """
 
 import json

@@ -227,7 +227,7 @@ def main() -> None:
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
         rows, reports, source, started = [], [], config.model, time.time()
-        partial_path = Path(f"{out}.partial")  # what is sampled so far: the same command goes on from there after a kill
+        partial_path = Path(f"{out}.partial")  # what is sampled so far; after a kill the same command goes on there
         known = read_partial(partial_path, {**asdict(config), "weights": fingerprint(config.model)})
         for round_ in range(1, config.rounds + 1):
             model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
