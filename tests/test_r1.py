@@ -19,7 +19,7 @@ from run_folder import append_jsonl, read_jsonl
 
 ROOT = Path(r1.__file__).parent
 SMALL = ("--zero-steps", 1, "--rl-steps", 2, "--general-steps", 1, "--hacking-steps", 1, "--puzzles", 60, "--samples", 4,
-         "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags", "--batch-size 32 --group-size 8", "--max-new-tokens", 200)
+         "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags", "--batch-size 16 --group-size 8", "--max-new-tokens", 160)
 
 
 def call(out, *flags):
