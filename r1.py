@@ -239,8 +239,9 @@ def main() -> None:
                 elif not config.only or stage.name == config.only:
                     if done and config.from_ and number > names.index(config.from_):
                         set_aside(stage.out)
+                        done = False
                     print(f"\nseed {seed}, stage {number} of {len(stages)}: {stage.name}"
-                          f"{', done before' if done and is_done(folder, stage) else ''}", flush=True)
+                          f"{', done before' if done else ''}", flush=True)
                     record = run_stage(folder, stage, stages, f"python r1.py --seeds {config.seeds}")
                     print(f"{stage.name}: {record['minutes']:.1f} minutes, {disk_use(folder):.0f} MiB in {folder}")
     if config.list or config.only or config.seed >= 0:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from countdown import Puzzle, check_task, make_prompt, sample_puzzles
 from model import DTYPES, check_dtype, load
 from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
-from run_folder import append_jsonl, bad_input_exits, fail, parse_config, read_jsonl
+from run_folder import append_jsonl, bad_input_exits, fail, parse_config, read_jsonl, saved_checkpoint
 from sampling import Completion, complete
 from stages import fingerprint
 
@@ -193,7 +193,7 @@ def fine_tune(rows: list[dict], round_: int, config: Config) -> str:
     folder = Path(f"{config.out}.round{round_}")
     data, run = folder / "rows.jsonl", folder / "sft"
     flags = ["--resume", run]
-    if not (run / "checkpoint").is_dir() or not data.exists() or read_jsonl(data) != rows:
+    if not saved_checkpoint(run) or not data.exists() or read_jsonl(data) != rows:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         append_jsonl(data, *rows)
@@ -227,10 +227,10 @@ def main() -> None:
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
         rows, reports, source, started = [], [], config.model, time.time()
+        model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
         partial_path = Path(f"{out}.partial")  # what is sampled so far; after a kill the same command goes on there
         known = read_partial(partial_path, {**asdict(config), "weights": fingerprint(config.model)})
         for round_ in range(1, config.rounds + 1):
-            model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
             try:
                 found, report = sample_rows(model.eval(), tokenizer, source, round_, config, known,
                                             partial(append_jsonl, partial_path))
@@ -245,6 +245,7 @@ def main() -> None:
                   f"{len(found)} of these rows are new")
             if round_ < config.rounds:
                 source = fine_tune(rows, round_, config)
+                model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
 
         # 2. the dataset: at most --limit rows, and rows without thinking
         rng = random.Random(config.seed)

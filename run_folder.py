@@ -189,10 +189,14 @@ def load_checkpoint(run, *, dtype=torch.float32, device="cpu"):
     return model, tokenizer, state
 
 
+def saved_checkpoint(run) -> Path | None:
+    names = ("checkpoint", "checkpoint.old")  # .old: killed between the two renames of replace_directory
+    return next((Path(run) / name for name in names if (Path(run) / name).is_dir()), None)
+
+
 def find_checkpoint(run) -> Path:
-    for name in ("checkpoint", "checkpoint.old"):  # .old: killed between the two renames of replace_directory
-        if (Path(run) / name).is_dir():
-            return Path(run) / name
+    if found := saved_checkpoint(run):
+        return found
     raise FileNotFoundError(f"got run folder {run} without a checkpoint; expected {Path(run) / 'checkpoint'}, "
                             "as training scripts write it")
 

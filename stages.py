@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from run_folder import fail
+from run_folder import fail, saved_checkpoint
 
 INPUT_FLAGS = ("--model", "--data", "--general", "--preference", "--non-cot", "--teacher")  # what they name is an input
 RESUMABLE = ("train_countdown", "sft")
@@ -85,13 +85,14 @@ def beginning(stage: Stage) -> dict:
     return {"arguments": [*map(str, stage.arguments)], "inputs": {name: fingerprint(name) for name in stage.inputs}}
 
 
-def same_beginning(record: dict, stage: Stage) -> bool:
-    return all(record.get(name) == value for name, value in beginning(stage).items())
+def begins_with(record: dict, start: dict) -> bool:
+    return all(record.get(name) == value for name, value in start.items())
 
 
 def is_done(folder: Path, stage: Stage) -> bool:
     record = read_record(folder, stage)
-    return bool(record.get("output")) and record["output"] == fingerprint(stage.out) and same_beginning(record, stage)
+    return bool(record.get("output")) and record["output"] == fingerprint(stage.out) and begins_with(
+        record, beginning(stage))
 
 
 def check_inputs(stage: Stage, stages: list[Stage]) -> None:
@@ -123,12 +124,12 @@ def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> di
         return read_record(folder, stage)
     check_inputs(stage, stages)
     record, start = read_record(folder, stage), beginning(stage)
-    ours = same_beginning(record, stage) and not record.get("output")
+    ours = begins_with(record, start) and not record.get("output")
     earlier = record.get("minutes", 0.0) if ours else 0.0
     arguments = [*stage.arguments, stage.out_flag, stage.out]
-    saved = [stage.out / name for name in ("checkpoint", "checkpoint.old") if (stage.out / name).is_dir()]
+    saved = saved_checkpoint(stage.out)
     if ours and stage.script in RESUMABLE and saved:
-        earlier += max(0.0, saved[0].stat().st_mtime - record["started"]) / 60  # an attempt that was killed
+        earlier += max(0.0, saved.stat().st_mtime - record["started"]) / 60  # an attempt that was killed
         arguments = ["--resume", stage.out]
     elif stage.out.is_dir() and any(stage.out.iterdir()) or stage.out.is_file():
         if ours:  # killed before anything was worth keeping

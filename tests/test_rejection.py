@@ -276,6 +276,11 @@ def few_puzzles(n, **side):
     raise ValueError(f"got n={n}, but level 'laptop' has only about 1400 train puzzles; ask for fewer")
 
 
+def test_a_model_that_is_not_there_leaves_nothing_behind(refused, tmp_path):
+    refused(rejection, "--model", tmp_path / "none" / "checkpoint", "--out", tmp_path / "out.jsonl", says=("none",))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dataset_is_never_overwritten(base, refused, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     refused(rejection, "--model", base, "--out", tmp_path / "out.jsonl", says=("exists and is never overwritten",))
