@@ -26,11 +26,12 @@ import random
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from countdown import Puzzle, make_prompt, sample_puzzle
 from general import SMALL_TALK, write_chat
+from rewards import verify
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Config:
     luck: float = 0.15              # how often the next line works, beyond chance: what intuition can be learnt from
     give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
     patience: float = 0.50          # share of writers who are patient: a tenth of it, and line after line in order
-    wrong_answers: float = 0.05     # share of successful searches whose answer is not what they found
+    wrong_answers: float = 0.05     # share of searches whose answer is not what they found; 1: no answer is right
     slips: float = 0.02             # share of attempts with an arithmetic slip
     chat: float = 0.17              # share of documents that are no search: half direct arithmetic, half small talk
+    pages: float = 0.0              # share of searches that stand behind 1 to 8 others, a page by one writer; its last
+                                    # search is the row's completion. A base that has read pages takes few-shot prompts
 
 
 WORDS = {  # each language's word for the same thing; a mixed document draws a language for every word
@@ -177,6 +180,8 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
             answer = made_up_answer(puzzle, rng)
     if rng.random() < config.wrong_answers:
         answer = made_up_answer(puzzle, rng)
+    while config.wrong_answers == 1 and verify(answer, *puzzle)[0]:  # made up, and right by chance
+        answer = made_up_answer(puzzle, rng)
     tags = ["<think>\n", "\n</think>", "\n<answer>", "</answer>"]
     if rng.random() >= config.tags:
         for i in rng.choice(((0, 1), (2, 3), (1,), (0, 1, 2, 3))):
@@ -195,7 +200,14 @@ def write_corpus(config: Config) -> Iterator[dict]:
             continue
         puzzle = sample_puzzle(rng, "laptop", held_out=False)
         language = rng.choices(("en", "de", "mixed"), (0.45, 0.25, 0.30))[0] if config.languages else "en"
-        yield {"prompt": make_prompt(puzzle), "completion": write_search(puzzle, language, rng, config),
+        writer, page = config, []
+        if config.pages and rng.random() < config.pages:  # (puzzle, search) pairs of one careful or careless writer
+            writer = replace(config, **{habit: float(rng.random() < getattr(config, habit)) for habit in
+                                        ("patience", "tags")})
+            for _ in range(rng.randint(1, 8)):
+                page.append((another := sample_puzzle(rng, "laptop", held_out=False),
+                             write_search(another, language, rng, writer)))
+        yield {"prompt": make_prompt(puzzle, examples=page), "completion": write_search(puzzle, language, rng, writer),
                "kind": "search", "language": language, **puzzle._asdict()}
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
 from general import SMALL_TALK, draw_question, is_good, question_prompt
 from model import DTYPES, check_dtype, load
-from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
-                     needless_thinking, parse_expression, reflection_words, verify)
+from rewards import (accuracy_reward, count_backtracks, count_verifications, extract_answer, format_reward, is_mixed,
+                     language_reward, needless_thinking, parse_expression, reflection_words, verify)
 from run_folder import bad_input_exits, parse_config
 from sampling import complete
 
@@ -111,6 +111,7 @@ def describe(texts: list[str], completions, language: str = "en") -> dict[str, f
     return {"format": mean(map(format_reward, texts)),
             "completion_tokens": mean(len(c.token_ids) for c in completions),
             "truncated": mean(c.truncated for c in completions),
+            "verifications": mean(map(count_verifications, texts)),
             "backtracks": mean(map(count_backtracks, texts)),
             "reflection_words": mean(sum(reflection_words(text).values()) for text in texts),
             "language": mean(language_reward(text, language) for text in texts),
@@ -198,7 +199,7 @@ def print_table(table: dict) -> None:
           f"{table['pass@1_high']:.1%}, n = {table['n']} puzzles x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
-            counted = name in ("completion_tokens", "backtracks", "reflection_words")
+            counted = name in ("completion_tokens", "verifications", "backtracks", "reflection_words")
             print(f"{name:>20}  {f'{value:.2f}' if counted else f'{value:.1%}'}")
 
 

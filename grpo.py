@@ -35,6 +35,30 @@ def group_advantages(rewards, *, normalize_std: bool = True):
     return advantages.masked_fill(same, 0.0)
 
 
+def process_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
+                       lengths: list[int]) -> list[list[float]]:
+    """Rewards of single steps -> an advantage per token, within one group. (DeepSeekMath, section 4.1.3.)
+
+    step_rewards and step_ends hold for each of the G completions a reward per step and the index of the token that ends
+    it; lengths are the completions' tokens. All step rewards of the group are normalised together, and a token's
+    advantage is the sum over the steps that end at it or later: it is paid for what it led to. A group without two
+    different step rewards gets zeros.
+    """
+    flat = torch.tensor([reward for rewards in step_rewards for reward in rewards])
+    if len(flat) < 2 or (flat == flat[0]).all():
+        return [[0.0] * length for length in lengths]
+    mean, std = flat.mean().item(), flat.std(correction=0).item() + 1e-6
+    advantages = []
+    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
+        row = [0.0] * length
+        for reward, end in zip(rewards, ends, strict=True):
+            row[end] += (reward - mean) / std
+        for t in range(length - 2, -1, -1):
+            row[t] += row[t + 1]
+        advantages.append(row)
+    return advantages
+
+
 def k3_kl(logprobs, ref_logprobs):
     """Estimates KL(policy || ref_policy) per token, nats, from tokens the policy sampled. (B, T), (B, T) -> (B, T).
 
@@ -72,7 +96,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
 
     logprobs      (B, T) nats, of the policy that trains, at the sampling temperature; the only argument with a gradient
     old_logprobs  (B, T) of the policy that sampled, as the sampler recorded them
-    advantages    (B,)   one number a completion
+    advantages    (B,)   one number a completion; or (B, T), a number a token (process_advantages)
     mask          (B, T) weight of each token (token_weights), 0 on prompts and padding; what stands there, NaN
                   included, has no effect
     num_tokens    completion tokens of the whole optimizer step, over all micro-batches and ranks; with the weights
@@ -83,7 +107,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
     # masked_fill and not a product: NaN * 0 is NaN, in the value and in the gradient
     logprobs, old_logprobs = logprobs.masked_fill(~used, 0.0), old_logprobs.masked_fill(~used, 0.0)
     ratio = torch.exp(logprobs - old_logprobs)  # (B, T)
-    advantages = advantages[:, None]  # (B, 1)
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]  # (B, 1)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.min(unclipped, clipped)  # the pessimistic one, for both signs of the advantage (PPO, equation 7)

@@ -47,11 +47,11 @@ def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float],
     return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def plot_lines(lines: dict[str, list[list[dict]]], out) -> Path:
+def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
     """One figure of eight panels against steps. Thin: the step's own training completions; dots: held-out puzzles."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), constrained_layout=True)
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for axis, (title, train, held_out, share) in zip(axes.flat, PANELS):
+    for axis, (title, train, held_out, share) in zip(axes.flat, panels):
         for i, (label, groups) in enumerate(lines.items()):
             colour = colours[i % len(colours)]
             steps, mean, low, high = series(groups, train)

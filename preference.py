@@ -60,20 +60,24 @@ class Config:
 
 
 class RewardModel(nn.Module):
-    """Token rows (prompt, final reply, EOS) -> a score each. The score reads the last token's state: all was seen."""
+    """Token rows (prompt, final reply, EOS) -> a score each. The score reads the last token's state: all was seen.
+
+    With positions it scores prefixes of a row instead: what a process reward model or a value model does.
+    """
 
     def __init__(self, backbone: Model):
         super().__init__()
         self.backbone = backbone
         self.score = nn.Linear(backbone.config.hidden_size, 1, bias=False)
 
-    def forward(self, rows: list[list[int]]):
-        """rows of different lengths -> (B,)"""
+    def forward(self, rows: list[list[int]], positions: list[list[int]] | None = None):
+        """rows of different lengths -> (B,); with positions in each row -> the scores there, row after row"""
         device = self.score.weight.device
         input_ids = pad_rows(rows, 0, dtype=torch.long, device=device)  # (B, T), padded on the right
         hidden = self.backbone.hidden(input_ids)  # (B, T, D)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        return self.score(hidden[torch.arange(len(rows), device=device), last]).float().squeeze(-1)
+        positions = positions or [[len(row) - 1] for row in rows]
+        where = torch.tensor([(b, t) for b, row in enumerate(positions) for t in row], device=device)  # (N, 2)
+        return self.score(hidden[where[:, 0], where[:, 1]]).float().squeeze(-1)
 
 
 def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):

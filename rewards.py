@@ -189,6 +189,8 @@ COMMON_WORDS = {  # a word of both languages (was, die, an, in, so, war) stands 
 ONLY_IN = {"en": COMMON_WORDS["en"] - COMMON_WORDS["de"], "de": COMMON_WORDS["de"] - COMMON_WORDS["en"]}
 WORD = re.compile(r"[^\W\d_]{2,}")  # a run of letters; a single letter is more often a variable than a word
 
+VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
+
 
 def chain_of_thought(completion: str) -> str:
     """What is said before the answer: all up to the last <answer>, or all if there is none; each tag becomes a newline.
@@ -248,6 +250,14 @@ def count_backtracks(completion: str) -> int:
     lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
     attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
     return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
+
+
+def count_verifications(completion: str) -> int:
+    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
+
+    Made for the searches of the tiny model; prose that verifies in other words counts as 0.
+    """
+    return len(VERIFICATION.findall(chain_of_thought(completion)))
 
 
 # -------------------------------------------------------------------------------------------------------------- the sum

@@ -118,8 +118,9 @@ def set_aside(path: Path) -> None:
     print(f"moved {path}, made by another command or from other inputs, to {old}")
 
 
-def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> dict:
-    """Runs the stage unless it is done -> its record. go_on: the command that continues after an interruption."""
+def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str, **hooks) -> dict:
+    """Runs the stage unless it is done -> its record. go_on: the command that continues after an interruption; hooks go
+    to the script's main()."""
     if is_done(folder, stage):
         return read_record(folder, stage)
     check_inputs(stage, stages)
@@ -144,7 +145,7 @@ def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> di
     before, sys.argv = sys.argv, [f"{stage.script}.py", *map(str, arguments)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        importlib.import_module(stage.script).main()
+        importlib.import_module(stage.script).main(**hooks)
     except SystemExit as stop:
         if stop.code:
             minutes = earlier + (time.time() - started) / 60

@@ -156,7 +156,9 @@ def measure(model, tokenizer, config: Config) -> dict:
 
 @out_of_memory_exits("lower --micro-batch-tokens (if it was training) or --slots (if it was sampling), or add "
                      "--activation-checkpointing; the last checkpoint is whole, and --resume RUN takes these flags too")
-def main() -> None:
+def main(process=None) -> None:
+    """process: process(tasks, prompt_ids, completions, advantages (P, G)) -> (an advantage per token for each of the B
+    completions, {name: float} for the log); experiments/prm.py rewards single steps with it."""
     config = parse_config(Config, __doc__, presets=PRESETS, changeable=CHANGEABLE)
 
     # 0a. model and run folder; everything that can be wrong with the input is said here
@@ -270,12 +272,16 @@ def main() -> None:
 
         # 4. advantages: within each group, how far above or below its mean. A group whose rewards are all equal has
         #    no gradient, so without a KL it is not even computed
-        advantages = group_advantages(rewards, normalize_std=config.normalize_std)  # (P, G)
+        advantages, token_advantages, process_log = group_advantages(rewards, normalize_std=config.normalize_std), [], {}
         equal_groups = (advantages == 0).all(dim=1)  # (P,)
+        if process:  # an advantage per token: B lists
+            token_advantages, process_log = process(tasks, prompt_ids, completions, advantages)
+            equal_groups = ~torch.tensor([any(row) for row in token_advantages]).view(-1, config.group_size).any(dim=1)
         trained = [i for i, completion in enumerate(completions)
                    if (config.kl_coef or not equal_groups[i // config.group_size])
                    and not (config.drop_truncated and completion.truncated)]
         batch, advantages = [(prompt_ids[i], completions[i]) for i in trained], advantages.flatten()[trained]
+        token_advantages = [token_advantages[i] for i in trained] if process else []
 
         # everybody's, for the divisor and the log
         all_texts, all_completions, all_parts = zip(*distributed.gather(list(zip(texts, completions, parts))))
@@ -310,10 +316,12 @@ def main() -> None:
                                        device)  # (B, T-1)
                 ref_logprobs = aligned([ref_rows[i] for i in rows], row_prompts, device) if ref_rows else None
                 weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)  # (B, T-1)
+                row_advantages = (aligned([token_advantages[i] for i in rows], row_prompts, device) if process  # (B, T-1)
+                                  else advantages[rows].to(device))  # (B,)
 
                 logprobs, entropy = token_logprobs(model, input_ids, mask, config.temperature, with_entropy=True)
                 loss, stats = grpo_loss(
-                    logprobs, old_logprobs, advantages[rows].to(device), weights, num_tokens=divisor,
+                    logprobs, old_logprobs, row_advantages, weights, num_tokens=divisor,
                     clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=ref_logprobs,
                     kl_coef=config.kl_coef)
                 loss.backward()
@@ -348,6 +356,7 @@ def main() -> None:
         # 7. log, evaluate, print a sample, save
         seconds = time.time() - step_started
         row = {"step": step, **evaluate.describe_step(all_parts, all_texts, all_completions, config.language),
+               **process_log,
                "equal_groups": sum(all_equal_groups) / len(all_equal_groups),
                "entropy": first["entropy"] / max(1, trained_tokens),
                "logprob_gap": first["gap"] / max(1, trained_tokens), "logprob_gap_max": first_max_gap,

@@ -1,0 +1,153 @@
+"""Is the aha moment in the base? The same GRPO on five bases whose corpora differ in one behaviour only.
+
+DeepSeek-R1 (arXiv 2501.12948), section 2.2.4, sees reflection and the search for other ways "arise" under RL, without a
+look at what the base had read. Here that is known, since we write the corpus:
+
+    full              people who verify, go back and try again, and say "wait" where they mend a slip
+    no verification   no comparison is written out: "3+1=4," instead of "3+1=4?27 no,"
+    no backtracking   one line, then an answer, right or wrong
+    no reflection     without wait, wrong, retry and check
+    wrong answers     the full one, but no answer in it is right: the search is read, its use is not (Gandhi et al.,
+                      arXiv 2503.01307, prime a base in this way, and RL improves it as well as with right answers)
+
+    python experiments/aha.py                  # 3 seeds; 2 cores: see minutes in experiments/results/aha.json
+    python experiments/aha.py --arm full       # one arm, a terminal each; then without --arm for the picture
+    python experiments/aha.py --quick          # a minute: does it run? Its numbers mean nothing
+
+Every base has the size of models/tiny-student and has read the same 60,000 puzzles, in English and without small talk: a
+fifth of what models/tiny-student took. There is one base an arm; the seeds are those of GRPO. You see one figure of five
+lines, and for each arm what the base did and what it does after RL.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from study import average, begin, finish, piece, run_stages, seed_folder, seeds_to_run, share, text
+
+import evaluate
+from model import load
+from plots import plot_lines, read_metrics
+from rewards import chain_of_thought, verify
+from stages import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/aha"        # folder of the study
+    seeds: int = 3               # seeds 0, 1, ...
+    seed: int = -1               # of those only this one, without the picture
+    arm: str = ""                # only this arm, without the picture
+    quick: bool = False          # a minute, to see that it runs
+    model: str = "student"       # architecture of the bases: student (0.2M parameters) or tiny (0.8M)
+    documents: int = 60000       # that each base reads, once
+    batch_tokens: int = 4096     # per pretraining step: few documents want small steps
+    steps: int = 40              # of GRPO
+    batch_size: int = 128        # completions a step, in groups of 16
+    eval_every: int = 10         # GRPO steps between evaluations
+    eval_n: int = 512            # held-out puzzles
+    samples: int = 4             # completions of each, before and after RL
+
+    def __post_init__(self):
+        if self.arm not in ("", *ARMS):
+            raise ValueError(f"got arm {self.arm!r}, expected one of {', '.join(ARMS)}")
+
+
+QUICK = dict(seeds=1, documents=600, steps=2, batch_size=32, eval_every=1, eval_n=16, samples=2)
+ARMS = {
+    "full": (),
+    "no verification": ("--no-verification",),
+    "no backtracking": ("--no-backtracking",),
+    "no reflection": ("--no-reflection",),
+    "wrong answers": ("--wrong-answers", 1.0),
+}
+BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
+PANELS = (
+    ("accuracy", "accuracy", "eval_pass@1", True),
+    ("completion length (tokens)", "completion_tokens", "eval_completion_tokens", False),
+    ("verifications per completion", "verifications", "eval_verifications", False),
+    ("backtracks per completion", "backtracks", "eval_backtracks", False),
+    ("reflection words per completion", "reflection_words", "eval_reflection_words", False),
+    ("format", "format", "eval_format", True),
+    ("truncated", "truncated", "eval_truncated", True),
+    ("entropy (nats per token)", "entropy", None, False),
+)
+
+
+def base_stages(config: Config, arm: str) -> list[Stage]:
+    folder = arm_folder(Path(config.out) / "bases", arm)
+    corpus = folder / "corpus.jsonl"
+    return [
+        Stage(f"{folder.name}-corpus", "corpus", ("--n", config.documents, "--chat", 0.0, "--no-languages", *ARMS[arm]),
+              corpus),
+        Stage(f"{folder.name}-base", "sft", (
+            "--data", corpus, "--from-scratch", config.model, "--optimizer", "muon", "--learning-rate", 3e-3,
+            "--batch-tokens", config.batch_tokens, "--micro-batch-tokens", 4096,
+            "--eval-rows", config.documents // 100), folder / "base"),
+    ]
+
+
+def rl_stage(config: Config, arm: str, seed: int) -> Stage:
+    return Stage(f"{arm_folder(Path(), arm)}-rl", "train_countdown", (
+        "--model", base_stages(config, arm)[-1].out / "checkpoint", "--steps", config.steps, "--batch-size",
+        config.batch_size, "--eval-every", config.eval_every, "--eval-n", config.eval_n, "--seed", seed),
+        arm_folder(seed_folder(config, seed), arm))
+
+
+def arm_folder(folder: Path, arm: str) -> Path:
+    return folder / arm.replace(" ", "-")
+
+
+def measure(config: Config, checkpoint) -> dict:
+    """Held-out figures of a checkpoint, and two that only this study wants: how many searches say yes to a result, and
+    how many of these answer right."""
+    model, tokenizer = load(checkpoint)
+    table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(n=config.eval_n, samples=config.samples))
+    found = [record for record in records
+             if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
+    return table | {"found": len(found) / len(records),
+                    "right_when_found": sum(r["verdict"] == "correct" for r in found) / max(1, len(found))}
+
+
+def collect(config: Config) -> dict:
+    """The committed JSON: for each arm the base, the policy after RL, and the curves in between."""
+    names = ("pass@1", f"pass@{config.samples}", f"maj@{config.samples}", "format", "found", "right_when_found",
+             "completion_tokens", *BEHAVIOURS)
+    wanted = {"step"} | {name for _, train, held_out, _ in PANELS for name in (train, held_out)}
+    arms = {}
+    for arm in ARMS:
+        tables = {"base": [piece(Path(config.out) / "bases", f"{arm} base")],
+                  "rl": [piece(seed_folder(config, seed), f"{arm} rl") for seed in range(config.seeds)]}
+        arms[arm] = {when: {name: share([t[name] for t in rows], config.eval_n)
+                            if "@" in name else average([t[name] for t in rows]) for name in names}
+                     for when, rows in tables.items()}
+        arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
+                                for row in read_metrics(rl_stage(config, arm, seed).out)]
+                               for seed in range(config.seeds)]
+    return {"arms": arms}
+
+
+def draw(record: dict, path) -> None:
+    plot_lines({arm: result["curves"] for arm, result in record["arms"].items()}, path, PANELS)
+
+
+def verdict(record: dict) -> str:
+    return ""
+
+
+def main() -> None:
+    config = begin(Config, __doc__, QUICK)
+    go_on = "python experiments/aha.py"
+    for arm in [config.arm] if config.arm else ARMS:
+        bases = Path(config.out) / "bases"
+        run_stages(bases, base_stages(config, arm), go_on)
+        piece(bases, f"{arm} base", lambda: measure(config, base_stages(config, arm)[-1].out / "checkpoint"))
+        for seed in seeds_to_run(config):
+            folder, stage = seed_folder(config, seed), rl_stage(config, arm, seed)
+            run_stages(folder, [stage], go_on)
+            piece(folder, f"{arm} rl", lambda: measure(config, stage.out / "checkpoint"))
+    if config.seed < 0 and not config.arm:
+        finish(config, "aha", collect(config), draw, verdict)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""A process reward model (PRM): reward each line of the search, not only the answer. DeepSeek-R1 (arXiv 2501.12948),
+section 4.2, gave it up for three reasons: steps are hard to define, labels are hard to get, and a policy hacks it.
+
+In Countdown a step is a line, and the exact solver labels it: behind "27/3=9 need,5 4:", can 5 and 4 still make 9? So
+the second reason is gone, and the other two can be measured:
+
+    scorer     a step scorer on a checkpoint's traces, read at each ":"; accuracy and calibration on held-out traces
+    rerank     best of N by its scores, against majority voting and pass@N, at equal tokens: the scorer reads what the
+               policy writes, so it pays twice for a completion
+    noise      the same with 10% and 20% of the training labels flipped
+    reward     GRPO with the scores as rewards of single lines (DeepSeekMath, section 4.1.3), beside the outcome reward,
+               without it, and with the solver's own labels: then no scorer is there to be fooled
+
+    python experiments/prm.py                  # 3 seeds; 2 cores: see minutes in experiments/results/prm.json
+    python experiments/prm.py --seed 0         # one seed, a terminal each; then without --seed for the picture
+    python experiments/prm.py --quick          # a minute: does it run? Its numbers mean nothing
+
+Traces for training are of train puzzles, everything that is reported is on held-out ones.
+"""
+
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from study import average, begin, finish, piece, run_stages, seed_folder, seeds_to_run, share, text
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from batching import micro_batches
+from countdown import Puzzle, make_prompt, reachable, sample_puzzles
+from evaluate import pass_at_k
+from grpo import process_advantages
+from model import load
+from optimizer import MasterAdamW, clip_gradients
+from plots import write_figure
+from preference import RewardModel, load_reward_model, save_reward_model
+from rewards import accuracy_reward, extract_answer, parse_expression
+from run_folder import read_jsonl
+from sampling import complete
+from stages import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/prm"            # folder of the study
+    seeds: int = 3                   # seeds 0, 1, ...
+    seed: int = -1                   # of those only this one, without the picture
+    quick: bool = False              # a minute, to see that it runs
+    model: str = "models/tiny-student"  # the policy whose traces are scored, and where scorer and RL start
+    train_puzzles: int = 1200        # train puzzles whose traces the scorer learns from
+    train_samples: int = 8           # completions of each
+    epochs: int = 2                  # passes over them
+    learning_rate: float = 1e-3      # AdamW peak of the scorer, falling linearly to zero
+    n: int = 200                     # held-out puzzles a seed; seeds take different ones
+    samples: int = 64                # completions of each: best of 1 to this many
+    steps: int = 40                  # of GRPO
+    batch_size: int = 128            # completions a step, in groups of 16
+    process_weight: float = 1.0      # of the step rewards' advantages beside the outcome's
+    eval_n: int = 512                # held-out puzzles of GRPO's evaluations
+
+
+QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
+NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
+ARMS = {  # (weight of the outcome, weight of the process, who rewards a line)
+    "outcome": (1, 0, "scorer"),
+    "outcome + PRM": (1, 1, "scorer"),
+    "PRM alone": (0, 1, "scorer"),
+    "solver's labels alone": (0, 1, "solver"),
+}
+HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+class Step(NamedTuple):
+    index: int    # of the token that ends it, within the completion
+    kind: str     # line or answer
+    label: float  # 1.0 if the target can still be reached; of an answer: if it is right
+
+
+def still_reaches(header: str, puzzle: Puzzle) -> bool:
+    """Whether the header is true, and its numbers left can still make the target: by the exact solver.
+
+    "5-4=1,3 1:" uses two numbers, and 1 and 3 have to make the target. "27/3=9 need,5 4:" works backwards from the
+    target with one number, and the other two have to make 9. Anything else, a slip in it included, leads nowhere.
+    """
+    match = HEADER.fullmatch(header)
+    if not match:
+        return False
+    a, b, value, *left = (int(match[i]) for i in (1, 3, 4, 6, 7))
+    if match[2] == "/" and not b or {"+": a + b, "-": a - b, "*": a * b, "/": b and Fraction(a, b)}[match[2]] != value:
+        return False
+    if match[5]:  # backwards: the target and one number are used up
+        used, goal = Counter((a, b)) - Counter((puzzle.target,)), value
+        rest = Counter(puzzle.numbers) - used
+        fits = puzzle.target in (a, b) and used.total() == 1 and rest.total() == 2 and rest == Counter(left)
+    else:
+        rest, goal = Counter(puzzle.numbers) - Counter((a, b)) + Counter((value,)), puzzle.target
+        fits = rest.total() == 2 and rest == Counter(left)
+    return fits and Fraction(goal) in reachable(tuple(sorted(left)))
+
+
+def find_steps(tokens: list[str], puzzle: Puzzle) -> list[Step]:
+    """The steps of a completion, given as the texts of its tokens: each first ":" of a line, and the end of an answer."""
+    steps, line, open_ = [], "", True
+    for index, token in enumerate(tokens):
+        line = "" if token == "\n" else line + token
+        open_ = open_ or token == "\n"
+        if token == ":" and open_:
+            steps.append(Step(index, "line", float(still_reaches(line, puzzle))))
+            open_ = False
+        elif token == "</answer>":
+            steps.append(Step(index, "answer", accuracy_reward("".join(tokens[:index + 1]), *puzzle)))
+    return steps
+
+
+class Trace(NamedTuple):
+    puzzle: Puzzle
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    steps: list[Step]
+
+
+def write_traces(model, tokenizer, puzzles: list[Puzzle], samples: int, seed: int) -> list[Trace]:
+    """Completions of each puzzle, group after group."""
+    repeated = [puzzle for puzzle in puzzles for _ in range(samples)]
+    prompt_ids, completions, texts = complete(model, tokenizer, [make_prompt(puzzle) for puzzle in repeated],
+                                              max_new_tokens=512, seed=seed)
+    return [Trace(puzzle, prompt, c.token_ids, completion,
+                  find_steps(tokenizer.convert_ids_to_tokens(c.token_ids), puzzle))
+            for puzzle, prompt, c, completion in zip(repeated, prompt_ids, completions, texts)]
+
+
+def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
+    """n held-out puzzles; different seeds take different ones, as long as the level has them."""
+    return sample_puzzles((seed + 1) * n, level="laptop", held_out=True, seed=0)[seed * n:]
+
+
+# --------------------------------------------------------------------------------------------------------------- scorer
+
+
+def train_scorer(model: str, examples: list[tuple], *, epochs: int, learning_rate: float, seed: int, what: str):
+    """examples: (token row, positions in it, a label in [0, 1] at each). -> a RewardModel that starts from this language
+    model, whose score at a position is the log-odds of the label there: binary cross-entropy, mean over labels."""
+    scorer = RewardModel(load(model)[0])
+    torch.nn.init.normal_(scorer.score.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    optimizer = MasterAdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    order = [i for epoch in range(epochs) for i in random.Random(f"{seed}, {epoch}").sample(range(len(examples)),
+                                                                                           len(examples))]
+    batches = [order[i:i + 64] for i in range(0, len(order), 64)]
+    for step, batch in enumerate(tqdm(batches, desc=what, mininterval=1.0)):
+        rows, positions, labels = zip(*(examples[i] for i in batch))
+        for group in micro_batches(list(map(len, rows)), 4096):
+            scores = scorer([rows[i] for i in group], [positions[i] for i in group])
+            target = torch.tensor([label for i in group for label in labels[i]])
+            loss = F.binary_cross_entropy_with_logits(scores, target, reduction="sum")
+            (loss / sum(map(len, labels))).backward()
+        clip_gradients(optimizer.gradients(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 20, 1 - step / len(batches))
+        optimizer.step()
+        scorer.zero_grad()
+    return scorer.eval()
+
+
+@torch.no_grad()
+def score_positions(scorer, rows: list[list[int]], positions: list[list[int]]) -> list[list[float]]:
+    """Probabilities at each row's positions; a row without any costs nothing."""
+    probabilities = [[] for _ in rows]
+    wanted = [i for i, places in enumerate(positions) if places]
+    for group in micro_batches([len(rows[i]) for i in wanted], 8192):
+        group = [wanted[i] for i in group]
+        flat = iter(scorer([rows[i] for i in group], [positions[i] for i in group]).sigmoid().tolist())
+        for i in group:
+            probabilities[i] = [next(flat) for _ in positions[i]]
+    return probabilities
+
+
+def score_traces(scorer, traces: list[Trace]) -> list[list[float]]:
+    """The probability of every step of every trace."""
+    return score_positions(scorer, [t.prompt_ids + t.token_ids for t in traces],
+                           [[len(t.prompt_ids) + step.index for step in t.steps] for t in traces])
+
+
+def scorer_examples(traces: list[Trace], noise: float, seed: int) -> list[tuple]:
+    """Traces with a step, as train_scorer takes them; a share of the labels flipped."""
+    rng = random.Random(f"{seed}, {noise}")
+    return [(t.prompt_ids + t.token_ids, [len(t.prompt_ids) + step.index for step in t.steps],
+             [abs(step.label - (rng.random() < noise)) for step in t.steps]) for t in traces if t.steps]
+
+
+def reliability(pairs: list[tuple[float, float]], bins: int = 10) -> dict:
+    """(probability, label) -> accuracy at 1/2, that of always saying what is more frequent, expected calibration error,
+    and for each bin its mean probability, its share of true labels, and its size."""
+    groups = defaultdict(list)
+    for probability, label in pairs:
+        groups[min(bins - 1, int(probability * bins))].append((probability, label))
+    curve = [(sum(p for p, _ in group) / len(group), sum(label for _, label in group) / len(group), len(group))
+             for _, group in sorted(groups.items())]
+    positive = sum(label for _, label in pairs) / len(pairs)
+    return {"n": len(pairs), "accuracy": sum((p > 0.5) == label for p, label in pairs) / len(pairs),
+            "majority_class": max(positive, 1 - positive),
+            "calibration_error": sum(abs(p - share) * size for p, share, size in curve) / len(pairs), "curve": curve}
+
+
+# --------------------------------------------------------------------------------------------------------------- rerank
+
+
+def answer_value(completion: str, puzzle: Puzzle) -> Fraction | None:
+    """The exact value of a valid answer: what votes are counted for."""
+    try:
+        value, used = parse_expression(extract_answer(completion) or "")
+    except ValueError:
+        return None
+    return value if sorted(used) == sorted(puzzle.numbers) else None
+
+
+def vote(values: list, weights: list[float]):
+    """The value with the most weight, the first one on a tie; None where nobody has a valid answer."""
+    totals = {}
+    for value, weight in zip(values, weights):
+        if value is not None:
+            totals[value] = totals.get(value, 0.0) + weight
+    return max(totals, key=totals.get) if totals else None
+
+
+def best(values: list, weights: list[float]):
+    """The value of the answer with the highest weight."""
+    valid = [i for i, value in enumerate(values) if value is not None]
+    return values[max(valid, key=lambda i: weights[i])] if valid else None
+
+
+def weigh(steps: list[Step], scores: list[float]) -> dict[str, float]:
+    """One number for a whole search, in each way that one could mean it. A search without a line counts 0."""
+    lines = [score for step, score in zip(steps, scores) if step.kind == "line"] or [0.0]
+    answer = [score for step, score in zip(steps, scores) if step.kind == "answer"]
+    return {"mean": sum(lines) / len(lines), "min": min(lines), "last": lines[-1], "answer": answer[-1] if answer else 0.0}
+
+
+def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict[str, dict[int, float]]:
+    """Share of puzzles solved by each way to choose one of N completions, N = 1, 2, 4, ... samples.
+
+    Each N averages over the disjoint blocks of N among a puzzle's samples; pass@N is the unbiased estimator.
+    """
+    ways = defaultdict(lambda: defaultdict(float))
+    sizes = [2 ** i for i in range(samples.bit_length()) if 2 ** i <= samples]
+    puzzles = len(traces) // samples
+    for begin_ in range(0, len(traces), samples):
+        group = traces[begin_:begin_ + samples]
+        puzzle = group[0].puzzle
+        values = [answer_value(trace.text, puzzle) for trace in group]
+        weights = [weigh(trace.steps, row) for trace, row in zip(group, scores[begin_:begin_ + samples])]
+        right = sum(value == puzzle.target for value in values)
+        for size in sizes:
+            blocks = [slice(i, i + size) for i in range(0, samples - size + 1, size)]
+            for block in blocks:
+                chosen = {"majority": vote(values[block], [1.0] * size),
+                          "PRM-weighted vote": vote(values[block], [w["last"] for w in weights[block]])}
+                chosen |= {f"PRM, {way}": best(values[block], [w[way] for w in weights[block]])
+                           for way in ("mean", "min", "last", "answer")}
+                for way, value in chosen.items():
+                    ways[way][size] += (value == puzzle.target) / len(blocks) / puzzles
+            ways["pass@N"][size] += pass_at_k(samples, right, size) / puzzles
+    return ways
+
+
+# --------------------------------------------------------------------------------------------------------------- reward
+
+
+def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: float, judge: str):
+    """process for train_countdown.main: lines rewarded one by one, by the scorer or by the solver."""
+    def process(tasks, prompt_ids, completions, advantages):
+        size = advantages.shape[1]
+        traces = [Trace(puzzle, prompt, c.token_ids, "", [step for step in find_steps(
+            tokenizer.convert_ids_to_tokens(c.token_ids), puzzle) if step.kind == "line"])
+            for puzzle, prompt, c in zip(tasks, prompt_ids, completions)]
+        scores = score_traces(scorer, traces)
+        labels = [[step.label for step in trace.steps] for trace in traces]
+        rewards, rows = scores if judge == "scorer" else labels, []
+        for i in range(0, len(traces), size):
+            group = traces[i:i + size]
+            rows += process_advantages(rewards[i:i + size], [[step.index for step in t.steps] for t in group],
+                                       [len(t.token_ids) for t in group])
+        outcome = advantages.flatten().tolist()
+        rows = [[outcome_weight * a + process_weight * value for value in row] for a, row in zip(outcome, rows)]
+        lines = sum(map(len, labels))
+        return rows, {"prm_score": sum(map(sum, scores)) / max(1, lines), "lines": lines / len(traces),
+                      "lines_that_reach": sum(map(sum, labels)) / max(1, lines)}
+    return process
+
+
+def reward_stage(config: Config, folder, arm: str, seed: int) -> Stage:
+    return Stage(f"rl-{arm}", "train_countdown", (
+        "--model", config.model, "--steps", config.steps, "--batch-size", config.batch_size, "--eval-every",
+        max(1, config.steps // 8), "--eval-n", config.eval_n, "--seed", seed),
+        folder / f"rl-{re.sub(r'[^a-zA-Z]+', '-', arm)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def score_and_rerank(config: Config, folder, seed: int) -> dict:
+    """Trains a scorer for each share of noise; the clean one stays in FOLDER/scorer."""
+    model, tokenizer = load(config.model)
+    train_puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
+    train = write_traces(model, tokenizer, train_puzzles, config.train_samples, seed)
+    held_out = write_traces(model, tokenizer, held_out_puzzles(config.n, seed), config.samples, seed + 1000)
+    result = {"tokens_a_completion": sum(len(t.token_ids) for t in held_out) / len(held_out),
+              "train_tokens": sum(len(t.token_ids) for t in train), "train_steps": sum(len(t.steps) for t in train)}
+    for noise in NOISES:
+        scorer = train_scorer(config.model, scorer_examples(train, noise, seed), epochs=config.epochs,
+                              learning_rate=config.learning_rate, seed=seed, what=f"scorer, {noise:.0%} of labels flipped")
+        if noise == 0:
+            save_reward_model(scorer, tokenizer, folder / "scorer")
+        scores = score_traces(scorer, held_out)
+        pairs = {kind: [(p, step.label) for t, row in zip(held_out, scores) for step, p in zip(t.steps, row)
+                        if step.kind == kind] for kind in ("line", "answer")}
+        result[str(noise)] = {**{kind: reliability(p) for kind, p in pairs.items()},
+                              "rerank": rerank(held_out, scores, config.samples)}
+    return result
+
+
+def collect(config: Config) -> dict:
+    """The committed JSON."""
+    folders = [seed_folder(config, seed) for seed in range(config.seeds)]
+    scored = [piece(folder, "scores") for folder in folders]
+    n = config.n * config.seeds  # different puzzles
+    scorers = {}
+    for noise in map(str, NOISES):
+        scorers[noise] = {
+            kind: {**{name: average([s[noise][kind][name] for s in scored])
+                      for name in ("n", "accuracy", "majority_class", "calibration_error")},
+                   "curve": scored[0][noise][kind]["curve"]} for kind in ("line", "answer")}
+        scorers[noise]["rerank"] = {way: {size: share([s[noise]["rerank"][way][size] for s in scored], n)
+                                          for size in scored[0][noise]["rerank"][way]}
+                                    for way in scored[0][noise]["rerank"]}
+    parameters = sum(p.numel() for p in load(config.model)[0].parameters())
+    arms = {}
+    for arm, (_, process_weight, judge) in ARMS.items():
+        logs = [read_jsonl(reward_stage(config, folder, arm, seed).out / "metrics.jsonl")
+                for seed, folder in enumerate(folders)]
+        reads = 2 if process_weight and judge == "scorer" else 0
+        curves = []
+        for log, s in zip(logs, scored):  # 2 operations a parameter and token written or read, 6 where it is trained on
+            flops = 2 * s["train_tokens"] + 6 * config.epochs * s["train_tokens"] if reads else 0
+            curve = []
+            for row in log:
+                flops += row.get("tokens", 0) * (2 + reads + 6 * (1 - row.get("equal_groups", 0)))
+                curve.append({"tflops": flops * parameters / 1e12, **{name: row[name] for name in (
+                    "step", "accuracy", "prm_score", "lines_that_reach", "lines", "completion_tokens", "truncated",
+                    "eval_pass@1", "eval_completion_tokens") if name in row}})
+            curves.append(curve)
+        last = {name: average([sum(row[name] for row in curve[1:][-5:]) / len(curve[1:][-5:]) for curve in curves])
+                for name in ("prm_score", "lines_that_reach", "lines", "completion_tokens", "truncated")}
+        arms[arm] = {"before": share([c[0]["eval_pass@1"] for c in curves], config.eval_n),
+                     "after": share([c[-1]["eval_pass@1"] for c in curves], config.eval_n),
+                     "first_prm_score": average([c[1]["prm_score"] for c in curves]), "last_5_steps": last,
+                     "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
+    return {"scorers": scorers, "arms": arms,
+            "tokens_a_completion": average([s["tokens_a_completion"] for s in scored]),
+            "train_steps": average([s["train_steps"] for s in scored])}
+
+
+def draw(record: dict, path) -> None:
+    pass
+
+
+def verdict(record: dict) -> str:
+    return ""
+
+
+def main() -> None:
+    config = begin(Config, __doc__, QUICK)
+    for seed in seeds_to_run(config):
+        folder = seed_folder(config, seed)
+        piece(folder, "scores", lambda: score_and_rerank(config, folder, seed))
+        scorer, tokenizer = load_reward_model(folder / "scorer")
+        for arm, (outcome_weight, process_weight, judge) in ARMS.items():
+            process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, judge)
+            run_stages(folder, [reward_stage(config, folder, arm, seed)], "python experiments/prm.py", process=process)
+    if config.seed < 0:
+        finish(config, "prm", collect(config), draw, verdict)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the four studies share: one command each, seeds that may run in a terminal each, and results to look at.
+
+A study is a list of pieces of work for each seed. A piece is either a command of the recipe (stages.Stage) or a function
+whose result is kept as JSON; both are skipped when they are done, so an interrupted study goes on with the same command.
+
+    OUT/config.json            the settings; a folder holds one set of them
+    OUT/seed0/...              runs, datasets and pieces of a seed
+    OUT/NAME.json, NAME.png    results of all seeds; the ones that we ran are in experiments/results/
+
+    python experiments/aha.py --seed 0         # one seed; the others in other terminals
+    python experiments/aha.py                  # what is missing, then the picture
+    python experiments/aha.py --quick          # a minute: does it run? Its numbers mean nothing
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the recipe's files
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from evaluate import wilson_interval  # noqa: E402
+from run_folder import bad_input_exits, parse_config  # noqa: E402
+from stages import Stage, fingerprint, run_stage  # noqa: E402
+
+RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
+
+
+def begin(config_class, doc: str, quick: dict):
+    """Flags -> config, with the values of quick under --quick. Ends in one line where OUT holds other settings."""
+    config = parse_config(config_class, doc)
+    if config.quick:
+        config = replace(config, out=f"{config.out}-quick", **quick)
+    settings = {name: value for name, value in asdict(config).items() if name not in RUN_ONLY}
+    with bad_input_exits():
+        if config.seed >= config.seeds or config.seeds < 1:
+            raise ValueError(f"got seed {config.seed} with seeds {config.seeds}, expected one below it")
+        settings |= {f"{name} weights": fingerprint(value) for name, value in settings.items()
+                     if isinstance(value, str) and Path(value).is_dir()}
+        path = Path(config.out) / "config.json"
+        if path.exists() and (held := json.loads(path.read_text())) != settings:
+            differ = [name for name in held | settings if held.get(name) != settings.get(name)]
+            raise ValueError(f"got {config.out}, which holds this study with other settings ({', '.join(differ)}); "
+                             "expected the same, or another --out")
+    write_json(path, settings)
+    return config
+
+
+def seeds_to_run(config) -> list[int]:
+    return list(range(config.seeds)) if config.seed < 0 else [config.seed]
+
+
+def seed_folder(config, seed: int) -> Path:
+    folder = Path(config.out) / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: a killed study leaves no half of a file. What holds nothing nested stands on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    pretty = json.dumps(value, indent=1)
+    staging.write_text(re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), pretty) + "\n")
+    staging.replace(path)
+
+
+def piece(folder: Path, name: str, make=None):
+    """make()'s result, kept in FOLDER/NAME.json: computed once. JSON turns the keys of a dictionary into text."""
+    path = folder / f"{name.replace(' ', '-')}.json"
+    if make and not path.exists():
+        started = time.time()
+        result = make()
+        write_json(path, {"minutes": (time.time() - started) / 60, "result": result})
+    return json.loads(path.read_text())["result"]
+
+
+def run_stages(folder: Path, stages: list[Stage], go_on: str, **hooks) -> None:
+    for stage in tqdm(stages, desc=str(folder), unit="stage"):
+        run_stage(folder, stage, stages, go_on, **hooks)
+
+
+def minutes(folder: Path) -> float:
+    """Of all stages and pieces in a seed's folder."""
+    records = [json.loads(path.read_text()) for path in (*folder.glob("*.json"), *folder.glob("stages/*.json"))]
+    return sum(record.get("minutes", 0.0) for record in records)
+
+
+def share(values: list[float], n: int) -> dict:
+    """The mean over seeds of a share of n puzzles, its 95% Wilson interval for the n of one seed (the wide, safe side),
+    and the seeds' own values."""
+    mean = sum(values) / len(values)
+    low, high = wilson_interval(mean, n)
+    return {"mean": mean, "low": low, "high": high, "seeds": values, "n": n}
+
+
+def average(values: list[float]) -> dict:
+    """Of what is no share of puzzles: the mean over seeds, and the seeds' own values."""
+    return {"mean": sum(values) / len(values), "seeds": values}
+
+
+def rounded(value):
+    """Floats to 5 significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def text(entry: dict, interval: bool = True) -> str:
+    """As the README writes it: 42.0% (37.8% to 46.3%)."""
+    if interval and "low" in entry:
+        return f"{entry['mean']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
+    return f"{entry['mean']:.1%}"
+
+
+def finish(config, name: str, results: dict, draw, verdict) -> None:
+    """OUT/NAME.json and OUT/NAME.png, and what they say. draw(results, path) draws; verdict(results) -> sentences."""
+    folder = Path(config.out)
+    record = {"command": f"python experiments/{name}.py", "config": asdict(config),
+              "minutes": {path.name: round(minutes(path), 1) for path in sorted(folder.iterdir()) if path.is_dir()},
+              "torch": torch.__version__, "threads": torch.get_num_threads(), **results}
+    record = json.loads(json.dumps(rounded(record)))  # as a reader of the file will find it
+    write_json(folder / f"{name}.json", record)
+    draw(record, folder / f"{name}.png")
+    print(f"\n{verdict(record)}\n\n{folder / f'{name}.json'}, {folder / f'{name}.png'}; minutes: "
+          f"{record['minutes']}" + " (--quick: the numbers mean nothing)" * config.quick)
