@@ -363,6 +363,13 @@ def end_tokens(model: Model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
 
 
+def set_context(model: Model, context: int) -> None:
+    """Room for so many tokens. Rotary positions need no new weights, only rows of training that use them."""
+    model.hf_config.max_position_embeddings = context
+    model.config = read_config(model.hf_config)
+    model.cos, model.sin = (table.to(model.cos.device) for table in rotary_tables(model.config))
+
+
 def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model.
 

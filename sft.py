@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from directories import check_device
-from model import DTYPES, Model, check_dtype, init_weights, load
+from model import DTYPES, Model, check_dtype, init_weights, load, set_context
 from optimizer import MasterAdamW, clip_gradients
 from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
                         read_jsonl, rewind_log, save_checkpoint)
@@ -32,7 +32,7 @@ class Config:
     data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} a line
     model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
     from_scratch: str = ""               # random weights instead: tiny (Qwen3, 0.8M parameters) or student (0.2M)
-    context: int = 1024                  # of a model from scratch, tokens
+    context: int = 0                     # room for tokens, 0: as its config says (from scratch: 1,024)
     teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
     out: str = "runs/sft"                # run folder to create
     resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
@@ -66,8 +66,10 @@ class Config:
             raise ValueError(f"got from_scratch {self.from_scratch!r}, expected one of {', '.join(TINY_MODELS)}")
         if min(self.learning_rate, self.muon_learning_rate) <= 0 or not 0 <= min(self.warmup, self.final_lr) <= 1:
             raise ValueError("expected learning rates above 0, and warmup and final_lr within [0, 1]")
-        for name in ("context", "eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every",
-                     "save_every", "clip_norm"):
+        if self.context < 0:
+            raise ValueError(f"got context {self.context}, expected at least 0")
+        for name in ("eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every",
+                     "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
 
@@ -80,13 +82,13 @@ TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
 }
 
 
-def new_model(name: str, seed: int, context: int = 1024):
+def new_model(name: str, seed: int):
     """Random weights of a Qwen3 config over the corpus's own vocabulary -> (model, tokenizer)."""
     from transformers import Qwen3Config
 
     from corpus import build_tokenizer
     tokenizer = build_tokenizer()
-    hf_config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=context, tie_word_embeddings=True,
+    hf_config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True,
                             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
                             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
                             architectures=["Qwen3ForCausalLM"], dtype="float32", **TINY_MODELS[name])
@@ -185,8 +187,10 @@ def main() -> None:
             model, tokenizer, state = load_checkpoint(run, dtype=DTYPES[config.dtype])
         else:
             state = None
-            model, tokenizer = (new_model(config.from_scratch, config.seed, config.context) if config.from_scratch
+            model, tokenizer = (new_model(config.from_scratch, config.seed) if config.from_scratch
                                 else load(config.model, dtype=DTYPES[config.dtype]))
+        if config.context:
+            set_context(model, config.context)
         check_device(config.device)
         model.to(config.device).activation_checkpointing = config.activation_checkpointing
         teacher = None
@@ -202,7 +206,7 @@ def main() -> None:
         longest = max(len(p) + len(c) for p, c in examples + held_out)
         if longest > model.config.context:
             raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
-                             f"{model.config.context}; leave it out")
+                             f"{model.config.context}; leave it out, or make room with --context")
         if state is None:
             run = create_run(config.out, config)
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, "

@@ -1,0 +1,134 @@
+"""Do examples in the prompt help? DeepSeek-R1 (arXiv 2501.12948), section 5: few-shot prompts made R1 consistently worse.
+
+models/tiny-student never saw two documents in one context, so a second one throws it out of its world: 0% with any
+example. So it reads on for this study, and half of what it reads are pages: 1 to 8 searches by one writer, careful or
+careless, before the one that it learns from (corpus.py --pages). That is a base that takes few-shot prompts. From it come
+R1-Zero and R1, by the stages of r1.py, whose prompts never hold an example. Then evaluate.py with 0, 1, 2, 4 and 8.
+
+    python experiments/few_shot.py             # 3 seeds; 2 cores: see minutes in experiments/results/few_shot.json
+    python experiments/few_shot.py --seed 0    # one seed, a terminal each; then without --seed for the picture
+    python experiments/few_shot.py --quick     # a minute: does it run? Its numbers mean nothing
+
+The base is the same for all seeds; a seed fixes RL, sampling, and which examples and puzzles are drawn. You see pass@1,
+format and length against the number of examples.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from study import average, begin, finish, run_stages, seed_folder, seeds_to_run, share, text
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
+
+import r1
+from plots import write_figure
+from stages import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/few_shot"   # folder of the study
+    seeds: int = 3               # seeds 0, 1, ...
+    seed: int = -1               # of those only this one, without the picture
+    quick: bool = False          # a minute, to see that it runs
+    model: str = "models/tiny-student"  # reads on with pages
+    documents: int = 40000       # that it reads, half of them at the end of a page
+    context: int = 3072          # tokens: a page of 9 searches has up to 2,000, and an answer wants its 512
+    zero_steps: int = 60         # of R1-Zero's GRPO
+    rl_steps: int = 30           # of each RL stage of R1
+    batch_size: int = 128        # completions a step, in groups of 16
+    puzzles: int = 800           # that rejection sampling asks, 8 completions each
+    n: int = 512                 # held-out puzzles
+
+
+QUICK = dict(seeds=1, documents=120, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16)
+SHOTS = (0, 1, 2, 4, 8)
+R1_STAGES = ("zero", "cold-data", "cold-start", "rl", "replies", "r1-data", "sft", "pairs", "preference", "questions",
+             "rl-all")
+MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "shipped base, no pages"}
+
+
+def base_stages(config: Config) -> list[Stage]:
+    folder = Path(config.out) / "base"
+    return [Stage("pages", "corpus", ("--n", config.documents, "--seed", 1, "--pages", 0.5), folder / "pages.jsonl"),
+            Stage("base", "sft", (
+                "--data", folder / "pages.jsonl", "--model", config.model, "--context", config.context, "--optimizer",
+                "muon", "--learning-rate", 1e-3, "--muon-learning-rate", 0.005, "--micro-batch-tokens", 4096,
+                "--eval-rows", max(1, config.documents // 100)), folder / "base")]
+
+
+def ladder(config: Config, seed: int) -> list[Stage]:
+    """R1-Zero and R1 as r1.py makes them, from the base that has read pages."""
+    recipe = r1.Config(model=str(Path(config.out) / "base" / "base" / "checkpoint"), out=config.out,
+                       zero_steps=config.zero_steps, rl_steps=config.rl_steps,
+                       general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, eval_n=config.n,
+                       pairs=max(600, 5 * config.puzzles), rl_flags=f"--batch-size {config.batch_size}")
+    stages = {stage.name: stage for stage in r1.all_stages(recipe, seed)}
+    return [stages[name] for name in R1_STAGES]
+
+
+def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
+    folder = seed_folder(config, seed)
+    checkpoints = {"base": Path(config.out) / "base" / "base" / "checkpoint", "zero": folder / "zero" / "checkpoint",
+                   "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
+    return {(name, shots): Stage(f"eval-{name.replace(' ', '-')}-{shots}", "evaluate", (
+                "--model", checkpoint, "--n", config.n, "--shots", shots, "--seed", seed),
+                folder / f"eval-{name.replace(' ', '-')}-{shots}.json", "--json")
+            for name, checkpoint in checkpoints.items() for shots in SHOTS
+            if name != "without pages" or shots <= 2}  # more than two do not fit its context
+
+
+def collect(config: Config) -> dict:
+    import json
+    rows = {name: {} for name in MODELS}
+    for name, shots in evaluations(config, 0):
+        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
+        rows[name][shots] = {"pass@1": share([table["pass@1"] for table in tables], config.n),
+                             **{column: average([table[column] for table in tables]) for column in
+                                ("format", "completion_tokens", "truncated", "backtracks", "mixed")}}
+    return {"models": rows}
+
+
+def draw(record: dict, path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    panels = (("pass@1", "held-out pass@1"), ("format", "format"), ("completion_tokens", "completion length (tokens)"))
+    for axis, (column, title) in zip(axes, panels):
+        for i, (name, label) in enumerate(MODELS.items()):
+            entries = record["models"][name]
+            x = [list(map(str, SHOTS)).index(shots) for shots in entries]
+            mean = [entry[column]["mean"] for entry in entries.values()]
+            axis.plot(x, mean, "o-", color=f"C{i}", label=label, markersize=4)
+            if column == "pass@1":
+                axis.fill_between(x, [e[column]["low"] for e in entries.values()],
+                                  [e[column]["high"] for e in entries.values()], color=f"C{i}", alpha=0.15)
+            for place, entry in zip(x, entries.values()):
+                axis.plot([place] * len(entry[column]["seeds"]), entry[column]["seeds"], ".", color=f"C{i}", alpha=0.6)
+        axis.set_xticks(range(len(SHOTS)), SHOTS)
+        axis.set_xlabel("examples in the prompt")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.set_ylim(bottom=0)
+        if column != "completion_tokens":
+            axis.set_ylim(-0.03, 1.03)
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[0].legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def verdict(record: dict) -> str:
+    return ""
+
+
+def main() -> None:
+    config = begin(Config, __doc__, QUICK)
+    go_on = "python experiments/few_shot.py"
+    run_stages(Path(config.out) / "base", base_stages(config), go_on)
+    for seed in seeds_to_run(config):
+        run_stages(seed_folder(config, seed), [*ladder(config, seed), *evaluations(config, seed).values()], go_on)
+    if config.seed < 0:
+        finish(config, "few_shot", collect(config), draw, verdict)
+
+
+if __name__ == "__main__":
+    main()
