@@ -33,12 +33,12 @@ class Config:
     seed: int = -1               # of those only this one, without the picture
     quick: bool = False          # a minute, to see that it runs
     model: str = "models/tiny-student"  # reads on with pages
-    documents: int = 40000       # that it reads, half of them at the end of a page
+    documents: int = 16000       # that it reads, half of them at the end of a page
     context: int = 3072          # tokens: a page of 9 searches has up to 2,000, and an answer wants its 512
-    zero_steps: int = 60         # of R1-Zero's GRPO
+    zero_steps: int = 50         # of R1-Zero's GRPO
     rl_steps: int = 30           # of each RL stage of R1
     batch_size: int = 128        # completions a step, in groups of 16
-    puzzles: int = 800           # that rejection sampling asks, 8 completions each
+    puzzles: int = 600           # that rejection sampling asks, 8 completions each
     n: int = 512                 # held-out puzzles
 
 

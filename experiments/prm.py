@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from study import average, begin, finish, piece, run_stages, seed_folder, seeds_to_run, share, text
+from study import (average, begin, compared, draw_shares, finish, piece, run_stages, seed_folder, seeds_to_run, share,
+                   share_axis, text)
 
 import matplotlib.pyplot as plt
 import torch
@@ -370,7 +371,46 @@ def collect(config: Config) -> dict:
 
 
 def draw(record: dict, path) -> None:
-    pass
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8.4), constrained_layout=True)
+    (calibration, choice, noise), (score, reached, lines) = axes
+    rerank = record["scorers"]["0.0"]["rerank"]
+    calibration.plot([0, 1], [0, 1], ":", color="grey")
+    for i, (flipped, entry) in enumerate(record["scorers"].items()):
+        x, y, _ = zip(*entry["line"]["curve"])
+        label = f"{float(flipped):.0%} of labels flipped"
+        calibration.plot(x, y, "o-", color=f"C{i}", markersize=4,
+                         label=f"{label}: {entry['line']['accuracy']['mean']:.1%} right")
+        draw_shares(noise, entry["rerank"]["PRM, last"], 2, f"C{i}", f"best of N, {label}")
+    for i, (way, entry) in enumerate(rerank.items()):
+        cost = 2 if "PRM" in way else 1
+        draw_shares(choice, entry, cost, "black" if way == "pass@N" else f"C{i}", way, ":" if way == "pass@N" else "-")
+    draw_shares(noise, rerank["majority"], 1, "black", "majority")
+    for axis in (choice, noise):
+        share_axis(axis, "tokens written and read, in completions")
+    calibration.set_title("lines: share that reach the target, by the scorer's probability (seed 0)", fontsize=10)
+    choice.set_title("one of N completions, at equal tokens: puzzles solved", fontsize=10)
+    noise.set_title("last line's score, noisy labels: puzzles solved", fontsize=10)
+    for i, (arm, entry) in enumerate(record["arms"].items()):
+        for axis, name in ((score, "prm_score"), (lines, "lines")):
+            steps = [row["step"] for row in entry["curves"][0][1:]]
+            values = [[curve[k][name] for curve in entry["curves"]] for k in range(1, len(steps) + 1)]
+            axis.plot(steps, [sum(v) / len(v) for v in values], color=f"C{i}", label=arm)
+            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
+        measured = [[row for row in curve if "eval_pass@1" in row] for curve in entry["curves"]]
+        x = [sum(rows[k]["tflops"] for rows in measured) / len(measured) for k in range(len(measured[0]))]
+        values = [[rows[k]["eval_pass@1"] for rows in measured] for k in range(len(x))]
+        reached.plot(x, [sum(v) / len(v) for v in values], "o-", color=f"C{i}", markersize=3, label=arm)
+        reached.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
+    score.set_title("GRPO: the scorer's mean probability of a line", fontsize=10)
+    reached.set_title("GRPO: held-out pass@1", fontsize=10)
+    lines.set_title("GRPO: lines a completion", fontsize=10)
+    share_axis(reached, "compute (TFLOPs), the scorer's training included", log=False)
+    score.set_xlabel("step")
+    lines.set_xlabel("step")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7.5)
+    write_figure(figure, path)
 
 
 def verdict(record: dict) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the recipe's files
 
 import torch  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from evaluate import wilson_interval  # noqa: E402
@@ -119,6 +120,28 @@ def text(entry: dict, interval: bool = True) -> str:
     if interval and "low" in entry:
         return f"{entry['mean']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
     return f"{entry['mean']:.1%}"
+
+
+def compared(a: dict, b: dict) -> str:
+    """Two shares in a word; their 95% intervals have to part."""
+    return "better than" if a["low"] > b["high"] else "worse than" if a["high"] < b["low"] else "no different from"
+
+
+def draw_shares(axis, entries: dict, cost: float, colour: str, label: str, style: str = "-") -> None:
+    """Shares by number of completions, each as many tokens as `cost` of them, with their intervals."""
+    x = [cost * int(size) for size in entries]
+    axis.plot(x, [entry["mean"] for entry in entries.values()], style, marker="o", markersize=3, color=colour, label=label)
+    axis.fill_between(x, [entry["low"] for entry in entries.values()], [entry["high"] for entry in entries.values()],
+                      color=colour, alpha=0.1)
+
+
+def share_axis(axis, label: str, log: bool = True) -> None:
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_xlabel(label)
+    axis.set_ylim(-0.03, 1.03)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def finish(config, name: str, results: dict, draw, verdict) -> None:

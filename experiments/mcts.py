@@ -1,0 +1,461 @@
+"""Monte Carlo tree search over the lines of a search: what DeepSeek-R1 (arXiv 2501.12948), section 4.2, gave up.
+
+The paper's reasons: the space of tokens is far larger than that of a board game, a limit on each node's extensions leads
+to local optima, and the value model that has to guide all of it is hard to train. Each is measured here:
+
+    search     actions are lines. From a node the policy writes `width` of them, which is the limit; their priors are
+               the policy's probabilities, their values come from a value model, and the next node to go on from is
+               chosen by Q + c * prior * sqrt(N) / (1 + n), as in AlphaGo Zero
+    beside it  plain sampling with majority voting and best of N by the same value model, at equal tokens: the policy's
+               and those that the value model reads
+    growth     different prefixes among 256 completions, by lines and by tokens
+    width      the limit from 2 to 16: how often is the solution in the tree at all?
+    value      the same search with a value model that has learnt nothing, and with none
+    training   one round: SFT of the base on what the search solved, and on as many tokens of plain sampling
+
+    python experiments/mcts.py                 # 3 seeds; 2 cores: see minutes in experiments/results/mcts.json
+    python experiments/mcts.py --seed 0        # one seed, a terminal each; then without --seed for the picture
+    python experiments/mcts.py --quick         # a minute: does it run? Its numbers mean nothing
+
+The value model learns, at the end of each line, whether the rollout that it stands in ended right; rollouts are of train
+puzzles, what is reported is of held-out ones. No search looks at the verifier.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from study import (average, begin, compared, draw_shares, finish, piece, run_stages, seed_folder, seeds_to_run, share,
+                   share_axis, text)
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
+from tqdm import tqdm
+
+from countdown import Puzzle, make_prompt, sample_puzzles
+from evaluate import pass_at_k
+from model import end_tokens, load
+from plots import write_figure
+from preference import load_reward_model, save_reward_model
+from prm import answer_value, best, held_out_puzzles, reliability, score_positions, train_scorer, vote
+from rewards import accuracy_reward
+from sampling import complete, sample
+from stages import Stage
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/mcts"           # folder of the study
+    seeds: int = 3                   # seeds 0, 1, ...
+    seed: int = -1                   # of those only this one, without the picture
+    quick: bool = False              # a minute, to see that it runs
+    model: str = "models/tiny-student"  # the policy, and where the value model starts
+    train_puzzles: int = 1200        # train puzzles whose rollouts the value model learns from
+    train_samples: int = 8           # rollouts of each
+    epochs: int = 2                  # passes over them
+    n: int = 100                     # held-out puzzles a seed; seeds take different ones
+    samples: int = 256               # the largest budget: as many tokens as so many completions have
+    width: int = 4                   # lines that the policy writes at a node, the limit of its extensions
+    explore: float = 1.0             # c of the selection rule
+    ablation_budget: int = 64        # of the searches with other widths and other values, in completions
+    sft_puzzles: int = 400           # train puzzles that are searched for the training round
+    sft_budget: int = 16             # completions' worth of tokens for each
+    eval_n: int = 512                # held-out puzzles that the trained models are measured on
+
+
+QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
+             sft_budget=8, eval_n=16)
+START = "<think>\n"  # every search and every completion begins behind it
+WIDTHS = (2, 4, 8, 16)
+MAX_LINE, MAX_DEPTH = 80, 16  # tokens of a line; lines of a path
+PATIENCE = 50  # selections in a row that end where nothing can be added: the search is stuck
+
+
+# ----------------------------------------------------------------------------------------------------------------- tree
+
+
+@dataclass
+class Node:
+    token_ids: list[int]             # of its line
+    prior: float = 1.0               # the policy's probability of the line, among its siblings
+    parent: "Node | None" = None
+    depth: int = 0
+    over: bool = False               # a finished or hopeless completion
+    visits: int = 0
+    total: float = 0.0               # sum of the values backed up through it
+    children: list["Node"] = field(default_factory=list)
+
+    def path(self) -> list[int]:
+        """All tokens from the root's to its own."""
+        return (self.parent.path() if self.parent else []) + self.token_ids
+
+
+def select(node: Node, explore: float) -> Node:
+    """Down to a node without children, by UCT with the policy's prior (Silver et al. 2017)."""
+    while node.children:
+        root = math.sqrt(node.visits)
+        node = max(node.children, key=lambda child: child.total / max(1, child.visits)
+                   + explore * child.prior * root / (1 + child.visits))
+    return node
+
+
+def back_up(node: Node | None, value: float) -> None:
+    while node:
+        node.visits, node.total = node.visits + 1, node.total + value
+        node = node.parent
+
+
+class Search:
+    """The tree of one puzzle, and what it would answer."""
+
+    def __init__(self, puzzle: Puzzle, root_ids: list[int]):
+        self.puzzle, self.root, self.spent = puzzle, Node(root_ids), 0
+        self.finished, self.idle = [], 0  # (node, answer's value, value model's score, text); selections in vain
+        self.nodes_by_depth = {}
+
+    def add(self, leaf: Node, completions, values: list[float], tokenizer, ends: set[int]) -> None:
+        """Puts the policy's lines below a node; a line that it wrote twice becomes one child."""
+        lines = {}
+        for completion, value in zip(completions, values):
+            lines.setdefault(tuple(completion.token_ids), (completion, value))
+            self.spent += 2 * len(completion.token_ids)  # written by the policy, read by the value model
+        weights = [math.exp(sum(completion.logprobs)) for completion, _ in lines.values()]
+        for (completion, value), weight in zip(lines.values(), weights):
+            ended = completion.token_ids[-1] in ends
+            child = Node(completion.token_ids, weight / sum(weights), leaf, leaf.depth + 1,
+                         over=ended or completion.truncated or leaf.depth + 1 == MAX_DEPTH)
+            leaf.children.append(child)
+            self.nodes_by_depth[child.depth] = self.nodes_by_depth.get(child.depth, 0) + 1
+            if ended:
+                words = START + tokenizer.decode(child.path()[len(self.root.token_ids):-1])
+                self.finished.append((child, answer_value(words, self.puzzle), value, words))
+            back_up(child, value if ended or not child.over else 0.0)
+
+    def choose(self) -> dict:
+        """Whether its answer is right, by each way to choose one; found: whether a right one is there to be chosen."""
+        answers = [answer for _, answer, _, _ in self.finished]
+        scores = [score for _, _, score, _ in self.finished]
+        chosen = {"best value": best(answers, scores), "vote": vote(answers, scores)}
+        return {way: answer == self.puzzle.target for way, answer in chosen.items()} | {
+            "found": self.puzzle.target in answers}
+
+
+def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[float], width: int, explore: float,
+           seed: int, what: str) -> tuple[list[Search], dict]:
+    """One tree a puzzle, all in step: each round every tree selects a node, the policy writes lines below all of them at
+    once, and value_of(token rows) judges these. -> the trees, and for each budget (tokens) the share that answers right.
+
+    A result belongs to a budget as long as no token beyond it was spent.
+    """
+    ends = end_tokens(model, tokenizer)
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    roots = tokenizer([make_prompt(puzzle) + START for puzzle in puzzles], add_special_tokens=False)["input_ids"]
+    searches = [Search(puzzle, root) for puzzle, root in zip(puzzles, roots)]
+    results = [{} for _ in searches]  # a puzzle's choices by budget
+
+    def record(i: int, choice: dict, spent: float) -> None:
+        for budget in budgets:
+            if budget < spent:
+                results[i].setdefault(budget, choice)
+
+    round_, bar = 0, tqdm(total=len(puzzles), desc=what, unit="tree", mininterval=1.0)
+    open_ = list(range(len(searches)))
+    while open_:
+        leaves = {i: select(searches[i].root, explore) for i in open_}
+        grown = [i for i in open_ if not leaves[i].over]
+        for i in open_:
+            if leaves[i].over:  # nothing to add: the visit alone moves the next selection elsewhere, or does not
+                back_up(leaves[i], leaves[i].total / leaves[i].visits)
+                searches[i].idle += 1
+        prefixes = [leaves[i].path() for i in grown for _ in range(width)]
+        lines = sample(model, prefixes, max_new_tokens=MAX_LINE, eos_ids=ends | {newline}, seed=seed * 100003 + round_)
+        values = value_of([prefix + line.token_ids for prefix, line in zip(prefixes, lines)])
+        for place, i in enumerate(grown):
+            before, own = searches[i].choose(), slice(place * width, (place + 1) * width)
+            searches[i].add(leaves[i], lines[own], values[own], tokenizer, ends)
+            searches[i].idle = 0
+            record(i, before, searches[i].spent)
+        still = [i for i in open_ if searches[i].spent < max(budgets) and searches[i].idle < PATIENCE]
+        bar.update(len(open_) - len(still))
+        open_, round_ = still, round_ + 1
+    bar.close()
+    for i, tree in enumerate(searches):
+        record(i, tree.choose(), math.inf)
+    table = {way: {budget: sum(result[budget][way] for result in results) / len(results) for budget in budgets}
+             for way in ("best value", "vote", "found")}
+    table["stuck"] = sum(tree.idle >= PATIENCE for tree in searches) / len(searches)
+    return searches, table
+
+
+# ------------------------------------------------------------------------------------------------------- plain sampling
+
+
+def plain(model, tokenizer, puzzles: list[Puzzle], samples: int, seed: int, what: str):
+    """-> completions and texts, a group a puzzle; in chunks, for the progress bar."""
+    groups, size = [], 16
+    for start in tqdm(range(0, len(puzzles), size), desc=what, unit="batch"):
+        chunk = puzzles[start:start + size]
+        prompts = [make_prompt(puzzle) + START for puzzle in chunk for _ in range(samples)]
+        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=500, seed=seed,
+                                                  first_index=start * samples)
+        rows = list(zip(prompt_ids, completions, [START + words for words in texts]))
+        groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
+    return groups
+
+
+def value_examples(groups, puzzles: list[Puzzle], newline: int, shuffled: random.Random | None = None) -> list[tuple]:
+    """Token rows, the ends of their lines, and at each whether the rollout ended right; shuffled: some other rollout."""
+    examples, returns = [], []
+    for puzzle, group in zip(puzzles, groups):
+        for prompt, completion, words in group:
+            ends = [i for i, token in enumerate(completion.token_ids) if token == newline]
+            ends = sorted({*ends, len(completion.token_ids) - 1})
+            examples.append((prompt + completion.token_ids, [len(prompt) + i for i in ends]))
+            returns.append(accuracy_reward(words, *puzzle))
+    if shuffled:
+        shuffled.shuffle(returns)
+    return [(row, ends, [label] * len(ends)) for (row, ends), label in zip(examples, returns)]
+
+
+def last_scores(value_model, rows: list[list[int]]) -> list[float]:
+    return [scores[0] for scores in score_positions(value_model, rows, [[len(row) - 1] for row in rows])]
+
+
+def plain_curves(groups, puzzles: list[Puzzle], scores: list[list[float]], samples: int) -> dict:
+    """Share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N."""
+    sizes = [2 ** i for i in range(samples.bit_length()) if 2 ** i <= samples]
+    curves = {way: dict.fromkeys(sizes, 0.0) for way in ("majority", "best of N", "weighted vote", "pass@N")}
+    for puzzle, group, own in zip(puzzles, groups, scores):
+        answers = [answer_value(words, puzzle) for _, _, words in group]
+        right = sum(answer == puzzle.target for answer in answers)
+        for size in sizes:
+            blocks = [slice(i, i + size) for i in range(0, samples - size + 1, size)]
+            for block in blocks:
+                for way, answer in (("majority", vote(answers[block], [1.0] * size)),
+                                    ("best of N", best(answers[block], own[block])),
+                                    ("weighted vote", vote(answers[block], own[block]))):
+                    curves[way][size] += (answer == puzzle.target) / len(blocks) / len(puzzles)
+            curves["pass@N"][size] += pass_at_k(samples, right, size) / len(puzzles)
+    return curves
+
+
+def growth(groups, newline: int, lines: int = 8, tokens: int = 60) -> dict:
+    """Different beginnings among a puzzle's completions, by number of lines and of tokens: the mean over puzzles; and
+    how many completions are that long."""
+    def count(length_of, depths):
+        different, alive = [], []
+        for depth in depths:
+            cut = [[row[:length_of(row, depth)] for row in rows if length_of(row, depth)] for rows in token_rows]
+            different.append(sum(len(set(map(tuple, rows))) for rows in cut) / len(cut))
+            alive.append(sum(map(len, cut)) / len(cut))
+        return {"depth": list(depths), "different": different, "completions": alive}
+
+    def end_of_line(row, depth):
+        ends = [i + 1 for i, token in enumerate(row) if token == newline]
+        return ends[depth - 1] if depth <= len(ends) else 0
+
+    token_rows = [[completion.token_ids for _, completion, _ in group] for group in groups]
+    return {"lines": count(end_of_line, range(1, lines + 1)),
+            "tokens": count(lambda row, depth: depth if depth <= len(row) else 0, range(1, tokens + 1))}
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def train_values(config: Config, folder: Path, seed: int) -> dict:
+    """The value model and one that learnt from shuffled returns, kept in FOLDER/value and FOLDER/shuffled."""
+    model, tokenizer = load(config.model)
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
+    rollouts = plain(model, tokenizer, puzzles, config.train_samples, seed, "rollouts")
+    test_puzzles = held_out_puzzles(config.n, seed)
+    test = value_examples(plain(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts"), test_puzzles,
+                          newline)
+    result = {}
+    for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
+        examples = value_examples(rollouts, puzzles, newline, shuffled)
+        value_model = train_scorer(config.model, examples, epochs=config.epochs, learning_rate=1e-3, seed=seed, what=name)
+        save_reward_model(value_model, tokenizer, folder / name)
+        scores = score_positions(value_model, [row for row, _, _ in test], [ends for _, ends, _ in test])
+        pairs = [(p, label) for own, (_, _, labels) in zip(scores, test) for p, label in zip(own, labels)]
+        inner = [(p, label) for own, (_, _, labels) in zip(scores, test) for p, label in zip(own[:-2], labels)]
+        result[name] = {"all": reliability(pairs), "before the answer": reliability(inner)}
+    return result
+
+
+def compare(config: Config, folder: Path, seed: int) -> dict:
+    """Search and plain sampling on the same held-out puzzles; widths and values at a smaller budget."""
+    model, tokenizer = load(config.model)
+    puzzles = held_out_puzzles(config.n, seed)
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    value_model, shuffled = (load_reward_model(folder / name)[0] for name in ("value", "shuffled"))
+    trained, others = lambda rows: last_scores(value_model, rows), {
+        "shuffled": lambda rows: last_scores(shuffled, rows), "none": lambda rows: [0.5] * len(rows)}
+    groups = plain(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling")
+    scores = [last_scores(value_model, [prompt + completion.token_ids for prompt, completion, _ in group])
+              for group in groups]
+    tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
+    sizes = [2 ** i for i in range(config.samples.bit_length()) if 2 ** i <= config.samples]
+    settings = dict(explore=config.explore, seed=seed)
+    small = [size * tokens for size in sizes if size <= config.ablation_budget]
+    trees, table = search(model, tokenizer, trained, puzzles, budgets=[size * tokens for size in sizes],
+                          width=config.width, what="MCTS", **settings)
+    result = {"tokens": tokens, "plain": plain_curves(groups, puzzles, scores, config.samples),
+              "growth": growth(groups, newline), "mcts": by_completions(table, tokens),
+              "nodes_by_depth": [sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees)
+                                 for depth in range(1, MAX_DEPTH + 1)], "widths": {}, "values": {}}
+    for width in WIDTHS:
+        _, table = search(model, tokenizer, trained, puzzles, budgets=small, width=width,
+                          what=f"width {width}", **settings)
+        result["widths"][width] = by_completions(table, tokens)
+    for name, value_of in others.items():
+        _, table = search(model, tokenizer, value_of, puzzles, budgets=small, width=config.width,
+                          what=f"values: {name}", **settings)
+        result["values"][name] = by_completions(table, tokens)
+    return result
+
+
+def by_completions(table: dict, tokens: float) -> dict:
+    """Budgets in completions instead of tokens."""
+    return {way: {round(budget / tokens): value for budget, value in row.items()} if isinstance(row, dict) else row
+            for way, row in table.items()}
+
+
+def write_training_data(config: Config, folder: Path, seed: int) -> dict:
+    """What search and plain sampling solve of the same train puzzles at the same budget: up to 4 texts a puzzle."""
+    model, tokenizer = load(config.model)
+    value_model = load_reward_model(folder / "value")[0]
+    puzzles = sample_puzzles(config.sft_puzzles, level="laptop", held_out=False, seed=seed + 3000)
+    groups = plain(model, tokenizer, puzzles, config.sft_budget, seed + 4000, "plain sampling of train puzzles")
+    tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / len(puzzles)
+    trees, _ = search(model, tokenizer, lambda rows: last_scores(value_model, rows), puzzles, budgets=[tokens],
+                      width=config.width, explore=config.explore, seed=seed + 4000, what="MCTS of train puzzles")
+    texts = {"plain": [[words for _, _, words in group] for group in groups],
+             "mcts": [[words for _, _, _, words in sorted(tree.finished, key=lambda item: -item[2])] for tree in trees]}
+    counts = {}
+    for name, solved in texts.items():
+        rows = []
+        for puzzle, own in zip(puzzles, solved):
+            right = [words for words in dict.fromkeys(own) if accuracy_reward(words, *puzzle)][:4]
+            rows += [{"prompt": make_prompt(puzzle), "completion": words, **puzzle._asdict()} for words in right]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts[name] = {"rows": len(rows), "puzzles": len({(tuple(row["numbers"]), row["target"]) for row in rows})}
+    return counts
+
+
+def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
+    stages, models = [], {"base": config.model}
+    for name in ("plain", "mcts"):
+        models[name] = folder / f"sft-{name}" / "checkpoint"
+        stages.append(Stage(f"sft-{name}", "sft", (
+            "--data", folder / f"{name}.jsonl", "--model", config.model, "--epochs", 2, "--learning-rate", 2e-3,
+            "--batch-tokens", 4096, "--eval-rows", 4, "--seed", seed), folder / f"sft-{name}"))
+    return stages + [Stage(f"eval-{name}", "evaluate", ("--model", model, "--n", config.eval_n, "--samples", 4),
+                           folder / f"eval-{name}.json", "--json") for name, model in models.items()]
+
+
+def collect(config: Config) -> dict:
+    """The committed JSON."""
+    folders = [seed_folder(config, seed) for seed in range(config.seeds)]
+    runs = [piece(folder, "searches") for folder in folders]
+    values, data = ([piece(folder, name) for folder in folders] for name in ("value-model", "training-data"))
+
+    def shares(pick):
+        """{way: {N: share}} of each seed -> the same over seeds; they have different puzzles."""
+        tables = list(map(pick, runs))
+        return {way: {size: share([table[way][size] for table in tables], config.n * config.seeds)
+                      for size in tables[0][way]} if isinstance(tables[0][way], dict)
+                else average([table[way] for table in tables]) for way in tables[0]}
+
+    def means(pick):
+        return [sum(column) / len(column) for column in zip(*map(pick, runs))]
+
+    trained = {}
+    for name in ("base", "plain", "mcts"):
+        tables = [json.loads((folder / f"eval-{name}.json").read_text()) for folder in folders]
+        trained[name] = {"pass@1": share([table["pass@1"] for table in tables], config.eval_n),
+                         "completion_tokens": average([table["completion_tokens"] for table in tables]),
+                         **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
+    return {"tokens_a_completion": average([run["tokens"] for run in runs]),
+            "plain": shares(lambda run: run["plain"]), "mcts": shares(lambda run: run["mcts"]),
+            "widths": {width: shares(lambda run: run["widths"][width]) for width in runs[0]["widths"]},
+            "values": {name: shares(lambda run: run["values"][name]) for name in runs[0]["values"]},
+            "value_models": {name: {part: {column: average([v[name][part][column] for v in values]) for column in
+                                           ("n", "accuracy", "majority_class", "calibration_error")}
+                                    for part in values[0][name]} for name in values[0]},
+            "growth": {level: {column: means(lambda run: run["growth"][level][column])
+                               for column in ("depth", "different", "completions")} for level in ("lines", "tokens")},
+            "nodes_by_depth": means(lambda run: run["nodes_by_depth"]), "training": trained}
+
+
+def draw(record: dict, path) -> None:
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8.4), constrained_layout=True)
+    (compare_axis, width_axis, value_axis), (lines_axis, tokens_axis, training_axis) = axes
+    plain_, mcts = record["plain"], record["mcts"]
+    for i, (label, entries, cost, style) in enumerate((
+            ("majority of N", plain_["majority"], 1, "-"), ("best of N by value", plain_["best of N"], 2, "-"),
+            ("vote weighted by value", plain_["weighted vote"], 2, "-"), ("MCTS, best value", mcts["best value"], 1, "-"),
+            ("MCTS, vote", mcts["vote"], 1, "-"), ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
+            ("MCTS: in the tree", mcts["found"], 1, ":"))):
+        draw_shares(compare_axis, entries, cost, f"C{i}", label, style)
+    compare_axis.set_title("puzzles solved at equal tokens", fontsize=10)
+    for i, (width, table) in enumerate(record["widths"].items()):
+        draw_shares(width_axis, table["found"], 1, f"C{i}", f"at most {width} lines a node: in the tree", ":")
+        draw_shares(width_axis, table["best value"], 1, f"C{i}", f"at most {width}: answered")
+    width_axis.set_title("the limit of a node's extensions", fontsize=10)
+    trained = record["widths"][str(record["config"]["width"])]
+    for i, (name, table) in enumerate({"trained on rollouts": trained, **record["values"]}.items()):
+        draw_shares(value_axis, table["best value"], 1, f"C{i}", f"value model: {name}")
+        draw_shares(value_axis, table["found"], 1, f"C{i}", f"{name}: in the tree", ":")
+    value_axis.set_title("the value model", fontsize=10)
+    for axis in (compare_axis, width_axis, value_axis):
+        share_axis(axis, "tokens of policy and value model, in completions")
+        axis.legend(fontsize=7)
+    for axis, level in ((lines_axis, "lines"), (tokens_axis, "tokens")):
+        entry = record["growth"][level]
+        axis.plot(entry["depth"], entry["different"], "-", label="different beginnings")
+        axis.plot(entry["depth"], entry["completions"], ":", color="grey", label="completions that long")
+        if level == "lines":
+            depths = [depth for depth, nodes in enumerate(record["nodes_by_depth"], 1) if nodes][:8]
+            axis.plot(depths, record["nodes_by_depth"][:len(depths)], "--", label="nodes of the MCTS tree")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.set_xlabel(f"{level} from the start")
+        axis.set_title(f"growth by {level}: {record['config']['samples']} completions of a puzzle", fontsize=10)
+        axis.legend(fontsize=8)
+    names = ("base", "SFT on sampled\nsolutions", "SFT on searched\nsolutions")
+    entries = [record["training"][name]["pass@1"] for name in ("base", "plain", "mcts")]
+    means_ = [entry["mean"] for entry in entries]
+    training_axis.bar(names, means_, color=("grey", "C0", "C3"), alpha=0.55)
+    training_axis.errorbar(names, means_, yerr=[[e["mean"] - e["low"] for e in entries],
+                                                [e["high"] - e["mean"] for e in entries]], fmt="none", ecolor="black")
+    for name, entry in zip(names, entries):
+        training_axis.plot([name] * len(entry["seeds"]), entry["seeds"], "o", color="black", markersize=3, alpha=0.6)
+    training_axis.set_ylim(0, 1.03)
+    training_axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    training_axis.set_title("one round of training: held-out pass@1", fontsize=10)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    write_figure(figure, path)
+
+
+def verdict(record: dict) -> str:
+    return ""
+
+
+def main() -> None:
+    config = begin(Config, __doc__, QUICK)
+    for seed in seeds_to_run(config):
+        folder = seed_folder(config, seed)
+        piece(folder, "value-model", lambda: train_values(config, folder, seed))
+        piece(folder, "searches", lambda: compare(config, folder, seed))
+        piece(folder, "training-data", lambda: write_training_data(config, folder, seed))
+        run_stages(folder, training_stages(config, folder, seed), "python experiments/mcts.py")
+    if config.seed < 0:
+        finish(config, "mcts", collect(config), draw, verdict)
+
+
+if __name__ == "__main__":
+    main()
