@@ -27,8 +27,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from study import (average, begin, compared, draw_shares, finish, piece, run_stages, seed_folder, seeds_to_run, share,
-                   share_axis, text)
+from study import (average, begin, compared, draw_shares, finish, piece, run_stages, sample_groups, seed_folder,
+                   seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
@@ -41,7 +41,7 @@ from plots import write_figure
 from preference import load_reward_model, save_reward_model
 from prm import answer_value, best, held_out_puzzles, reliability, score_positions, train_scorer, vote
 from rewards import accuracy_reward
-from sampling import complete, sample
+from sampling import sample
 from stages import Stage
 
 
@@ -192,19 +192,6 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
 # ------------------------------------------------------------------------------------------------------- plain sampling
 
 
-def plain(model, tokenizer, puzzles: list[Puzzle], samples: int, seed: int, what: str):
-    """-> completions and texts, a group a puzzle; in chunks, for the progress bar."""
-    groups, size = [], 16
-    for start in tqdm(range(0, len(puzzles), size), desc=what, unit="batch"):
-        chunk = puzzles[start:start + size]
-        prompts = [make_prompt(puzzle) + START for puzzle in chunk for _ in range(samples)]
-        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=500, seed=seed,
-                                                  first_index=start * samples)
-        rows = list(zip(prompt_ids, completions, [START + words for words in texts]))
-        groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
-    return groups
-
-
 def value_examples(groups, puzzles: list[Puzzle], newline: int, shuffled: random.Random | None = None) -> list[tuple]:
     """Token rows, the ends of their lines, and at each whether the rollout ended right; shuffled: some other rollout."""
     examples, returns = [], []
@@ -269,9 +256,9 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     newline = tokenizer.convert_tokens_to_ids("\n")
     puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
-    rollouts = plain(model, tokenizer, puzzles, config.train_samples, seed, "rollouts")
+    rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, seed, "rollouts", START)
     test_puzzles = held_out_puzzles(config.n, seed)
-    test = value_examples(plain(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts"), test_puzzles,
+    test = value_examples(sample_groups(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts", START), test_puzzles,
                           newline)
     result = {}
     for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
@@ -293,7 +280,7 @@ def compare(config: Config, folder: Path, seed: int) -> dict:
     value_model, shuffled = (load_reward_model(folder / name)[0] for name in ("value", "shuffled"))
     trained, others = lambda rows: last_scores(value_model, rows), {
         "shuffled": lambda rows: last_scores(shuffled, rows), "none": lambda rows: [0.5] * len(rows)}
-    groups = plain(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling")
+    groups = sample_groups(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling", START)
     scores = [last_scores(value_model, [prompt + completion.token_ids for prompt, completion, _ in group])
               for group in groups]
     tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
@@ -328,7 +315,7 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     value_model = load_reward_model(folder / "value")[0]
     puzzles = sample_puzzles(config.sft_puzzles, level="laptop", held_out=False, seed=seed + 3000)
-    groups = plain(model, tokenizer, puzzles, config.sft_budget, seed + 4000, "plain sampling of train puzzles")
+    groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, seed + 4000, "plain sampling", START)
     tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / len(puzzles)
     trees, _ = search(model, tokenizer, lambda rows: last_scores(value_model, rows), puzzles, budgets=[tokens],
                       width=config.width, explore=config.explore, seed=seed + 4000, what="MCTS of train puzzles")

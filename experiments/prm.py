@@ -4,7 +4,8 @@ section 4.2, gave it up for three reasons: steps are hard to define, labels are 
 In Countdown a step is a line, and the exact solver labels it: behind "27/3=9 need,5 4:", can 5 and 4 still make 9? So
 the second reason is gone, and the other two can be measured:
 
-    scorer     a step scorer on a checkpoint's traces, read at each ":"; accuracy and calibration on held-out traces
+    scorer     a step scorer on a checkpoint's traces, read at the end of each line and, to see how far it looks ahead,
+               at its ":"; accuracy and calibration on held-out traces
     rerank     best of N by its scores, against majority voting and pass@N, at equal tokens: the scorer reads what the
                policy writes, so it pays twice for a completion
     noise      the same with 10% and 20% of the training labels flipped
@@ -25,8 +26,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from study import (average, begin, compared, draw_shares, finish, piece, run_stages, seed_folder, seeds_to_run, share,
-                   share_axis, text)
+from study import (average, begin, compared, draw_shares, finish, piece, run_stages, sample_groups, seed_folder,
+                   seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
 import torch
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from batching import micro_batches
-from countdown import Puzzle, make_prompt, reachable, sample_puzzles
+from countdown import Puzzle, reachable, sample_puzzles
 from evaluate import pass_at_k
 from grpo import process_advantages
 from model import load
@@ -43,7 +44,6 @@ from plots import write_figure
 from preference import RewardModel, load_reward_model, save_reward_model
 from rewards import accuracy_reward, extract_answer, parse_expression
 from run_folder import read_jsonl
-from sampling import complete
 from stages import Stage
 
 
@@ -55,7 +55,7 @@ class Config:
     quick: bool = False              # a minute, to see that it runs
     model: str = "models/tiny-student"  # the policy whose traces are scored, and where scorer and RL start
     train_puzzles: int = 1200        # train puzzles whose traces the scorer learns from
-    train_samples: int = 8           # completions of each
+    train_samples: int = 4           # completions of each
     epochs: int = 2                  # passes over them
     learning_rate: float = 1e-3      # AdamW peak of the scorer, falling linearly to zero
     n: int = 200                     # held-out puzzles a seed; seeds take different ones
@@ -67,6 +67,7 @@ class Config:
 
 
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
+KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
 ARMS = {  # (weight of the outcome, weight of the process, who rewards a line)
     "outcome": (1, 0, "scorer"),
@@ -81,9 +82,9 @@ HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
 
 
 class Step(NamedTuple):
-    index: int    # of the token that ends it, within the completion
-    kind: str     # line or answer
-    label: float  # 1.0 if the target can still be reached; of an answer: if it is right
+    index: int    # of the token behind which it is judged, within the completion
+    kind: str     # ahead: the line's ":", before any attempt; line: the line's end; answer
+    label: float  # 1.0 if the target can still be reached from the numbers left; of an answer: if it is right
 
 
 def still_reaches(header: str, puzzle: Puzzle) -> bool:
@@ -109,14 +110,15 @@ def still_reaches(header: str, puzzle: Puzzle) -> bool:
 
 
 def find_steps(tokens: list[str], puzzle: Puzzle) -> list[Step]:
-    """The steps of a completion, given as the texts of its tokens: each first ":" of a line, and the end of an answer."""
-    steps, line, open_ = [], "", True
+    """The steps of a completion, given as the texts of its tokens. A line without a ":" (a tag, a check) is none."""
+    steps, line, label = [], "", None  # label: of the line that is being read, once its ":" has come
     for index, token in enumerate(tokens):
-        line = "" if token == "\n" else line + token
-        open_ = open_ or token == "\n"
-        if token == ":" and open_:
-            steps.append(Step(index, "line", float(still_reaches(line, puzzle))))
-            open_ = False
+        if label is not None and (token == "\n" or index == len(tokens) - 1):
+            steps.append(Step(index, "line", label))
+        line, label = ("", None) if token == "\n" else (line + token, label)
+        if token == ":" and label is None:
+            label = float(still_reaches(line, puzzle))
+            steps.append(Step(index, "ahead", label))
         elif token == "</answer>":
             steps.append(Step(index, "answer", accuracy_reward("".join(tokens[:index + 1]), *puzzle)))
     return steps
@@ -132,12 +134,10 @@ class Trace(NamedTuple):
 
 def write_traces(model, tokenizer, puzzles: list[Puzzle], samples: int, seed: int) -> list[Trace]:
     """Completions of each puzzle, group after group."""
-    repeated = [puzzle for puzzle in puzzles for _ in range(samples)]
-    prompt_ids, completions, texts = complete(model, tokenizer, [make_prompt(puzzle) for puzzle in repeated],
-                                              max_new_tokens=512, seed=seed)
+    groups = sample_groups(model, tokenizer, puzzles, samples, seed, "traces")
     return [Trace(puzzle, prompt, c.token_ids, completion,
                   find_steps(tokenizer.convert_ids_to_tokens(c.token_ids), puzzle))
-            for puzzle, prompt, c, completion in zip(repeated, prompt_ids, completions, texts)]
+            for puzzle, group in zip(puzzles, groups) for prompt, c, completion in group]
 
 
 def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
@@ -323,7 +323,7 @@ def score_and_rerank(config: Config, folder, seed: int) -> dict:
             save_reward_model(scorer, tokenizer, folder / "scorer")
         scores = score_traces(scorer, held_out)
         pairs = {kind: [(p, step.label) for t, row in zip(held_out, scores) for step, p in zip(t.steps, row)
-                        if step.kind == kind] for kind in ("line", "answer")}
+                        if step.kind == kind] for kind in KINDS}
         result[str(noise)] = {**{kind: reliability(p) for kind, p in pairs.items()},
                               "rerank": rerank(held_out, scores, config.samples)}
     return result
@@ -339,7 +339,7 @@ def collect(config: Config) -> dict:
         scorers[noise] = {
             kind: {**{name: average([s[noise][kind][name] for s in scored])
                       for name in ("n", "accuracy", "majority_class", "calibration_error")},
-                   "curve": scored[0][noise][kind]["curve"]} for kind in ("line", "answer")}
+                   "curve": scored[0][noise][kind]["curve"]} for kind in KINDS}
         scorers[noise]["rerank"] = {way: {size: share([s[noise]["rerank"][way][size] for s in scored], n)
                                           for size in scored[0][noise]["rerank"][way]}
                                     for way in scored[0][noise]["rerank"]}

@@ -26,8 +26,10 @@ import torch  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from countdown import make_prompt  # noqa: E402
 from evaluate import wilson_interval  # noqa: E402
 from run_folder import bad_input_exits, parse_config  # noqa: E402
+from sampling import complete  # noqa: E402
 from stages import Stage, fingerprint, run_stage  # noqa: E402
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
@@ -85,6 +87,19 @@ def piece(folder: Path, name: str, make=None):
 def run_stages(folder: Path, stages: list[Stage], go_on: str, **hooks) -> None:
     for stage in tqdm(stages, desc=str(folder), unit="stage"):
         run_stage(folder, stage, stages, go_on, **hooks)
+
+
+def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str, start: str = "") -> list[list[tuple]]:
+    """(prompt ids, Completion, text) of each puzzle's samples, a group a puzzle; all begin with start, which belongs to
+    the prompt's ids and to the text. In chunks, for the progress bar: they change no token."""
+    groups, size = [], max(1, 1024 // samples)  # puzzles at a time
+    for first in tqdm(range(0, len(puzzles), size), desc=what, unit="batch"):
+        prompts = [make_prompt(puzzle) + start for puzzle in puzzles[first:first + size] for _ in range(samples)]
+        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=512, seed=seed,
+                                                  first_index=first * samples)
+        rows = list(zip(prompt_ids, completions, [start + words for words in texts]))
+        groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
+    return groups
 
 
 def minutes(folder: Path) -> float:
