@@ -333,6 +333,36 @@ def test_luck_is_a_line_that_works():
     assert share(map(accuracy, searches(400, luck=0.0, **once))) < 0.5
 
 
+def test_wrong_answers_alone_leave_no_right_one():
+    """Searches stay as they are, successful ones too; only what is made of them never is right."""
+    docs = [d for d in documents(400, wrong_answers=1.0) if d["kind"] == "search"]
+    assert not any(accuracy_reward(d["completion"], d["numbers"], d["target"]) for d in docs)
+    assert sum(" yes" in d["completion"] or " ja" in d["completion"] for d in docs) > len(docs) / 3
+
+
+def test_a_page_is_searches_of_one_writer_that_end_in_the_row_s_own():
+    """What few-shot prompts look like: prompt, search, an empty line, and so on. One writer is patient or not, and
+    closes tags or does not, on all of the page."""
+    docs = [d for d in documents(300, pages=1.0, chat=0.0, languages=False)]
+    sizes = set()
+    for doc in docs:
+        *page, last = (doc["prompt"] + doc["completion"]).split("\n\nusing")
+        sizes.add(len(page))
+        assert doc["prompt"].endswith(make_prompt(Puzzle(doc["numbers"], doc["target"]))) and last.count("make") == 1
+        tagged = [text.count("<think>") + text.count("</think>") + text.count("answer>") == 4 for text in page]
+        assert len(set(tagged)) == 1
+    assert sizes == set(range(1, 9))
+    assert not any("\n\nusing" in d["prompt"] for d in documents(300))
+
+
+def test_pages_hold_train_puzzles_only():
+    for doc in documents(100, pages=1.0, chat=0.0):
+        for line in doc["prompt"].splitlines():
+            if line.startswith("using"):
+                *numbers, target = (int(word) for word in line.split() if word.isdigit())
+                assert not is_held_out(Puzzle(tuple(numbers), target))
+
+
 # What each switch takes away: a sign that stands in every ordinary corpus and in none without the behaviour.
 SIGNS = {
     "verification": lambda document: "?" in document["completion"],

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, k3_kl, token_weights
+from grpo import group_advantages, grpo_loss, k3_kl, process_advantages, token_weights
 
 
 def tensor(*rows, grad=False):
@@ -30,6 +30,43 @@ def test_advantages_are_standard_scores_within_the_group(rewards, expected):
     """A = (r - mean) / std, with the population's deviation (DeepSeek-R1, equation 3); std + 1e-6 costs the fifth
     digit."""
     assert group_advantages(tensor(rewards))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+
+def test_a_token_s_process_advantage_is_the_sum_of_what_it_led_to():
+    """DeepSeekMath, section 4.1.3, rewards 1, 0 and 1, 0: mean 1/2, deviation 1/2, so steps are worth 1, -1 and 1, -1.
+    The first completion ends its steps at tokens 1 and 3 of 5, the second at 0 and 1 of 2."""
+    rows = process_advantages([[1.0, 0.0], [1.0, 0.0]], [[1, 3], [0, 1]], [5, 2])
+    assert rows[0] == pytest.approx([0, 0, -1, -1, 0], abs=1e-4) and rows[1] == pytest.approx([0, -1], abs=1e-4)
+
+
+def test_process_rewards_are_normalised_over_the_group_and_not_over_a_completion():
+    """One good step against three bad ones: mean 1/4, deviation sqrt(3)/4, as for outcome rewards 1, 0, 0, 0."""
+    rows = process_advantages([[1.0], [0.0, 0.0], [0.0]], [[0], [0, 1], [0]], [1, 2, 1])
+    assert rows[0] == pytest.approx([3 ** 0.5], abs=1e-4)
+    assert rows[1] == pytest.approx([-2 * 3 ** -0.5, -(3 ** -0.5)], abs=1e-4)
+
+
+@pytest.mark.parametrize("rewards", ([[], []], [[0.3], []], [[0.3, 0.3], [0.3]]))
+def test_steps_that_are_all_alike_have_no_process_advantage(rewards):
+    ends = [list(range(len(row))) for row in rewards]
+    assert process_advantages(rewards, ends, [2, 3]) == [[0.0] * 2, [0.0] * 3]
+
+
+def test_an_advantage_per_token_weighs_each_token_by_its_own():
+    """On policy, where every ratio is 1, the gradient of -log p is the token's own advantage over num_tokens."""
+    logprobs = logs([0.5, 0.25, 0.5], grad=True)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), tensor([2, -1, 5]), tensor([1, 1, 0]), num_tokens=4)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(2 - 1) / 4)
+    assert logprobs.grad[0].tolist() == pytest.approx([-2 / 4, 1 / 4, 0])
+
+
+def test_the_same_advantage_at_every_token_is_one_for_the_completion():
+    logprobs, old = logs([0.5, 0.25], [0.2, 0.9], grad=True), logs([0.4, 0.5], [0.3, 0.9])
+    one, _ = grpo_loss(logprobs, old, torch.tensor([1.5, -0.5], dtype=torch.float64), tensor([1, 1], [1, 0]), num_tokens=3)
+    each, _ = grpo_loss(logprobs, old, tensor([1.5, 1.5], [-0.5, -0.5]), tensor([1, 1], [1, 0]), num_tokens=3)
+    assert one.item() == each.item()
 
 
 def test_groups_do_not_see_each_other():

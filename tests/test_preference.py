@@ -66,6 +66,16 @@ def test_a_score_depends_on_all_of_its_row_and_on_nothing_else(judge):
     assert len(set(together)) == 3
 
 
+def test_a_score_at_a_position_is_that_of_the_row_cut_there(judge):
+    """Causal attention: what comes later changes nothing. So one pass scores every step of a search."""
+    model, _ = judge
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    with torch.no_grad():
+        together = model(rows, [[1, 4], [0]])
+        alone = torch.cat([model([row]) for row in ([5, 6], rows[0], [10])])
+    assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-5) and len(set(together.tolist())) == 3
+
+
 def test_the_judge_never_sees_the_chain_of_thought(judge):
     plain, thought, open_, empty, tagged = preference_scores(
         *judge, ["hello\n"] * 5, ["hello", "<think>go away</think>\nhello", "<think>hello", "", "<answer>hello</answer>"])

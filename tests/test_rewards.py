@@ -11,8 +11,8 @@ import pytest
 import corpus
 import rewards
 from countdown import LEVELS, Puzzle, make_prompt, sample_puzzle, solve
-from rewards import (accuracy_reward, count_backtracks, extract_answer, format_reward, is_mixed, language_reward,
-                     needless_thinking, parse_expression, reflection_words, reward, verify)
+from rewards import (accuracy_reward, count_backtracks, count_verifications, extract_answer, format_reward, is_mixed,
+                     language_reward, needless_thinking, parse_expression, reflection_words, reward, verify)
 
 NUMBERS, TARGET = (3, 4, 5), 27  # (4+5)*3
 RIGHT = "<answer>(4+5)*3</answer>"
@@ -365,6 +365,20 @@ def test_backtracks_are_abandoned_lines_with_another_attempt_behind(lines, backt
     assert count_backtracks(f"<think>\n{text}\n</think>\n<answer>1=1\n2=2</answer>") == backtracks
     assert count_backtracks(f"<think>{text}</think>{RIGHT}") == backtracks
     assert count_backtracks(text) == backtracks
+
+
+@pytest.mark.parametrize("text, verifications", table(
+    ("5-4=1,3 1:3+1=4?27 no,3*1=3?27 nein,", 2, "a verdict in either language"),
+    ("3-1=2 wait,3?27 no,", 1, "a slip that was mended before"),
+    ("27/3=9 need,5 4:5+4=9?9 yes", 1, "a subgoal is a goal"),
+    ("5-4=1,3 1:3+1=4,3*1=3,", 0, "results without a verdict"),
+    ("check (5+4)*3=27 yes", 0, "nothing is compared with a goal"),
+    ("is 4 the same as 27? no", 0, "prose"),
+    ("", 0, "nothing"),
+))
+def test_verifications_are_results_compared_with_a_goal(text, verifications):
+    assert count_verifications(f"<think>\n{text}\n</think>\n<answer>1=1?1 yes</answer>") == verifications
+    assert count_verifications(text) == verifications
 
 
 # ---------------------------------------------------------------------------------------------------------------- the sum

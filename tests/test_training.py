@@ -397,3 +397,41 @@ def test_a_finished_supervised_run_resumes_to_nothing(monkeypatch, data, tmp_pat
     assert call(monkeypatch, sft, resume=tmp_path / "run") is None
     assert rows_of(tmp_path / "run") == expected
     assert_equal_weights(weights(tmp_path / "run"), before)
+
+
+def test_an_advantage_per_token_trains_as_the_completion_s_own_does(monkeypatch, base, tmp_path):
+    """The hook of experiments/prm.py, fed with what it would replace: same weights, and its log in the metrics."""
+    def process(tasks, prompt_ids, completions, advantages):
+        assert len(tasks) == len(prompt_ids) == len(completions) == advantages.numel() == 16
+        return [[a] * len(c.token_ids) for a, c in zip(advantages.flatten().tolist(), completions)], {"seen": 1.5}
+
+    train(monkeypatch, base, tmp_path / "plain", steps=2)
+    main = train_countdown.main
+    monkeypatch.setattr(train_countdown, "main", lambda: main(process=process))
+    train(monkeypatch, base, tmp_path / "hooked", steps=2)
+    plain, hooked = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("plain", "hooked"))
+    assert all(torch.equal(plain[name], hooked[name]) for name in plain)
+    assert run_folder.read_jsonl(tmp_path / "hooked" / "metrics.jsonl")[-1]["seen"] == 1.5
+
+
+def test_tokens_without_an_advantage_train_nothing(monkeypatch, base, tmp_path):
+    main = train_countdown.main
+    nothing = lambda tasks, prompt_ids, completions, advantages: ([[0.0] * len(c.token_ids) for c in completions], {})
+    monkeypatch.setattr(train_countdown, "main", lambda: main(process=nothing))
+    train(monkeypatch, base, tmp_path / "run", steps=2)
+    row = run_folder.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["equal_groups"] == 1.0 and row["gradient_norm"] == 0.0
+
+
+def test_sft_makes_room_for_longer_rows(monkeypatch, base, tmp_path):
+    """Rotary positions go on: logits of the places that both have are the same, and the config says the new context."""
+    path = tmp_path / "rows.jsonl"
+    run_folder.append_jsonl(path, *({"prompt": "using 3 4 5 make 27\n" * 130, "completion": "yes"} for _ in range(4)))
+    flags = dict(data=path, model=base, eval_rows=1, learning_rate=1e-9)
+    assert call(monkeypatch, sft, out=tmp_path / "short", **flags) == 2  # 1,040 tokens and more
+    assert call(monkeypatch, sft, out=tmp_path / "long", context=2048, **flags) is None
+    short, long = (load(path)[0] for path in (base, tmp_path / "long" / "checkpoint"))
+    assert (short.config.context, long.config.context) == (1024, 2048)
+    ids = torch.arange(3, 200)[None]
+    assert torch.allclose(short(ids), long(ids), atol=1e-4)
+    assert long(torch.full((1, 1500), 7)).isfinite().all()
