@@ -1,0 +1,351 @@
+"""The four studies: their parts by hand, each of them from end to end in small, and the README's words and numbers, which
+are those of the committed results."""
+
+import importlib
+import json
+import math
+import random
+import signal
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import aha  # noqa: E402
+import corpus  # noqa: E402
+import few_shot  # noqa: E402
+import mcts  # noqa: E402
+import prm  # noqa: E402
+import study  # noqa: E402
+from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve  # noqa: E402
+from evaluate import few_shot_examples, majority_answer, wilson_interval  # noqa: E402
+from sampling import Completion  # noqa: E402
+
+STUDIES = ("prm", "mcts", "few_shot", "aha")
+PUZZLE = Puzzle((3, 4, 5), 27)  # (4+5)*3
+TRACE = ("<think>\n5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,\n27/3=9 need,5 4:5+4=9?9 yes\ncheck (5+4)*3=27 yes\n</think>\n"
+         "<answer>(5+4)*3</answer>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return corpus.build_tokenizer()
+
+
+# ------------------------------------------------------------------------------------------------- the PRM: labels, steps
+
+
+@pytest.mark.parametrize("header, reaches, why", (
+    ("5+4=9,9 3:", True, "9*3"),
+    ("5+4=9,3 9:", True, "the order of what is left does not matter"),
+    ("5-4=1,3 1:", False, "3 and 1 make 4, 2, 3, and 1/3"),
+    ("27/3=9 need,5 4:", True, "5+4 is 9, and 9*3 is 27"),
+    ("27/3=9 brauche,5 4:", True, "in German"),
+    ("27-3=24 need,5 4:", False, "5 and 4 make no 24"),
+    ("27/3=9,5 4:", False, "without the word, 27 is no number of the puzzle"),
+    ("5+4=8,8 3:", False, "a slip"),
+    ("5+4=9,9 4:", False, "4 twice, 3 never"),
+    ("5+5=10,10 3:", False, "5 twice"),
+    ("27/3=9 need,5 3:", False, "3 was used up"),
+    ("28/3=9 need,5 4:", False, "28 is not the target"),
+    ("27/4=6 need,5 3:", False, "27/4 is no 6"),
+    ("5/0=5,5 3:", False, "division by zero"),
+    ("hello:", False, "no header"),
+))
+def test_a_line_s_label_is_whether_its_numbers_left_reach_the_target(header, reaches, why):
+    assert prm.still_reaches(header, PUZZLE) == reaches, why
+
+
+def test_labels_agree_with_the_lines_that_the_corpus_writes():
+    """Where a line of the corpus leads to an answer, its header is labelled 1; where the exact solver finds nothing in
+    what is left, 0. The solver knows fractions, which the corpus does not write, so it may say 1 more often."""
+    rng = random.Random(0)
+    for puzzle in (sample_puzzle(rng) for _ in range(60)):
+        for line in corpus.candidate_lines(puzzle, corpus.Config()):
+            header = line.header.replace("{need}", "need") + f"{line.left[0]} {line.left[1]}:"
+            label = prm.still_reaches(header, puzzle)
+            assert label == (solve(line.left, line.goal) is not None)
+            assert label or not corpus.solutions(line)
+
+
+def test_steps_are_the_lines_of_a_search_and_its_answer(tokenizer):
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(TRACE)["input_ids"])
+    steps = prm.find_steps(tokens, PUZZLE)
+    assert [(step.kind, step.label) for step in steps] == [
+        ("ahead", 0.0), ("line", 0.0), ("ahead", 1.0), ("line", 1.0), ("answer", 1.0)]
+    texts = ["".join(tokens[:step.index + 1]) for step in steps]
+    assert texts[0].endswith("5-4=1,3 1:") and texts[1].endswith("?27 no,\n") and texts[2].endswith("need,5 4:")
+    assert texts[3].endswith("?9 yes\n") and texts[4] == TRACE
+
+
+def test_a_line_that_is_cut_off_is_judged_where_it_ends(tokenizer):
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>\n5+4=9,9 3:9+3=12?27 no,")["input_ids"])
+    assert prm.find_steps(tokens, PUZZLE)[-1] == prm.Step(len(tokens) - 1, "line", 1.0)
+    assert prm.find_steps(tokens[:3], PUZZLE) == []
+
+
+def test_noise_flips_that_share_of_the_labels(tokenizer):
+    ids = tokenizer(TRACE)["input_ids"]
+    steps = prm.find_steps(tokenizer.convert_ids_to_tokens(ids), PUZZLE)
+    traces = [prm.Trace(PUZZLE, [5, 6], ids, TRACE, steps)] * 1000
+    clean = prm.scorer_examples(traces, 0.0, seed=0)
+    assert clean[0] == ([5, 6] + ids, [2 + step.index for step in steps], [step.label for step in steps])
+    flipped = [abs(a - b) for (_, _, a), (_, _, b) in zip(clean, prm.scorer_examples(traces, 0.2, 0)) for a, b in zip(a, b)]
+    assert sum(flipped) / len(flipped) == pytest.approx(0.2, abs=0.02)
+
+
+def test_reliability_by_hand():
+    """Bins 0.2 and 0.8: in the first 1 of 2 is true, in the second 2 of 3."""
+    table = prm.reliability([(0.21, 0.0), (0.29, 1.0), (0.81, 1.0), (0.82, 1.0), (0.83, 0.0)])
+    assert table["accuracy"] == 3 / 5 and table["majority_class"] == 3 / 5 and table["n"] == 5
+    assert table["calibration_error"] == pytest.approx((2 * (0.5 - 0.25) + 3 * (0.82 - 2 / 3)) / 5)
+    assert table["curve"] == [(pytest.approx(0.25), 0.5, 2), (pytest.approx(0.82), pytest.approx(2 / 3), 3)]
+
+
+# --------------------------------------------------------------------------------------------- choosing one of N answers
+
+
+def test_votes_and_best_count_valid_answers_only():
+    values = [None, Fraction(9), Fraction(27), Fraction(27), None]
+    assert prm.vote(values, [1.0] * 5) == 27 and prm.vote(values, [9, 3, 1, 1, 9]) == 9
+    assert prm.best(values, [9, 3, 1, 4, 9]) == 27
+    assert prm.vote([None], [1.0]) is None and prm.best([None], [1.0]) is None
+    assert prm.vote([Fraction(9), Fraction(27)], [1.0, 1.0]) == 9  # the first on a tie
+
+
+def test_the_plain_vote_is_the_evaluator_s():
+    texts = ["<answer>3+4+5</answer>", "<answer>5+4+3</answer>", "<answer>(4+5)*3</answer>", "nothing", "<answer>27</answer>"]
+    for size in range(1, 6):
+        chosen = prm.vote([prm.answer_value(text, PUZZLE) for text in texts[:size]], [1.0] * size)
+        winner = majority_answer(texts[:size], PUZZLE.numbers)
+        assert chosen == prm.answer_value(f"<answer>{winner}</answer>", PUZZLE)
+
+
+def test_a_search_in_one_number():
+    steps = [prm.Step(0, "ahead", 0), prm.Step(1, "line", 0), prm.Step(2, "ahead", 1), prm.Step(3, "line", 1),
+             prm.Step(4, "answer", 1)]
+    assert prm.weigh(steps, [0.9, 0.2, 0.9, 0.6, 0.7]) == {"mean": 0.4, "min": 0.2, "last": 0.6, "answer": 0.7}
+    assert prm.weigh([], []) == {"mean": 0.0, "min": 0.0, "last": 0.0, "answer": 0.0}
+
+
+def test_rerank_by_hand():
+    """Two of four answers are right, and the scorer likes one of them best. Blocks of two: right and wrong, right and
+    wrong; by score the first block takes the right one, the second the wrong one."""
+    right, wrong = "<answer>(4+5)*3</answer>", "<answer>4+5+3</answer>"
+    steps = [prm.Step(0, "line", 1.0), prm.Step(1, "answer", 1.0)]
+    traces = [prm.Trace(PUZZLE, [1], [1, 2], text, steps) for text in (right, wrong, wrong, right)]
+    ways = prm.rerank(traces, [[0.9, 0.9], [0.1, 0.1], [0.5, 0.5], [0.2, 0.2]], 4)
+    assert dict(ways["PRM, last"]) == {1: 0.5, 2: 0.5, 4: 1.0}
+    assert dict(ways["majority"]) == {1: 0.5, 2: 0.5, 4: 1.0}  # ties go to the first
+    assert dict(ways["pass@N"]) == {1: 0.5, 2: pytest.approx(5 / 6), 4: 1.0}
+
+
+# --------------------------------------------------------------------------------------------------- rewards of single lines
+
+
+class Likes:
+    """A scorer that gives log-odds 2 to every position whose token is this one, and -2 to others."""
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, rows, positions):
+        return torch.tensor([2.0 if row[i] == self.token else -2.0 for row, own in zip(rows, positions) for i in own])
+
+
+def test_step_rewards_reach_the_tokens_of_their_lines(tokenizer):
+    """Two completions: one line that reaches the target, one that does not. By the solver's labels, rewards 1 and 0, so
+    all tokens up to the line's end have advantage 1 and -1, those behind it 0; the outcome comes on top."""
+    texts = ("5+4=9,9 3:9*3=27?27 yes\nxx", "5-4=1,3 1:3+1=4?27 no,\nxx")
+    completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in texts]
+    ends = [completion.token_ids.index(tokenizer.convert_tokens_to_ids("\n")) for completion in completions]
+    process = prm.step_rewarder(Likes(0), tokenizer, 1.0, 0.5, "solver")
+    rows, log = process([PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
+    for row, end, sign in zip(rows, ends, (1, -1)):
+        assert row[:end + 1] == pytest.approx([sign * 2.5] * (end + 1), abs=1e-4)
+        assert row[end + 1:] == pytest.approx([sign * 2.0] * (len(row) - end - 1))
+    assert log == {"prm_score": pytest.approx(1 / (1 + math.exp(2))), "lines": 1.0, "lines_that_reach": 0.5}
+
+
+def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
+    """A scorer that likes every end of a line: all rewards alike, no advantage. One that likes nothing: the same."""
+    completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in
+                   ("5+4=9,9 3:9*3=27?27 yes\n", "5-4=1,3 1:3+1=4?27 no,\n")]
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    rows, log = prm.step_rewarder(Likes(newline), tokenizer, 0.0, 1.0, "scorer")(
+        [PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
+    assert not any(map(any, rows)) and log["prm_score"] == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tree
+
+
+def test_selection_weighs_value_prior_and_visits():
+    """Q + prior * sqrt(N) / (1 + n), N = 4: a has 0.5 + 0.6 * 2 / 3 = 0.9, b has 0.4 + 0.4 * 2 / 2 = 0.8. With twice
+    the exploration: 1.3 against 1.2; after one more visit of a without value, 1/3 + 2 * 0.6 * sqrt(5) / 4 = 1.004."""
+    root = mcts.Node([1], visits=4)
+    a, b = mcts.Node([2], 0.6, root, visits=2, total=1.0), mcts.Node([3], 0.4, root, visits=1, total=0.4)
+    root.children = [a, b]
+    assert mcts.select(root, 1.0) is a and mcts.select(root, 2.0) is a
+    mcts.back_up(a, 0.0)
+    assert (a.visits, a.total, root.visits) == (3, 1.0, 5)
+    assert mcts.select(root, 2.0) is b
+    assert b.path() == [1, 3]
+
+
+def test_a_line_written_twice_is_one_child_and_costs_twice(tokenizer):
+    root = tokenizer(make_prompt(PUZZLE) + mcts.START)["input_ids"]
+    tree = mcts.Search(PUZZLE, root)
+    line, end = tokenizer("5-4=1,\n")["input_ids"], [*tokenizer("</think><answer>(4+5)*3</answer>")["input_ids"],
+                                                    tokenizer.eos_token_id]
+    lines = [Completion(line, [math.log(0.5)] + [0.0] * (len(line) - 1), False)] * 2
+    lines += [Completion(end, [math.log(0.25)] + [0.0] * (len(end) - 1), False), Completion([9, 9], [-20.0] * 2, True)]
+    tree.add(tree.root, lines, [0.4, 0.4, 0.9, 0.8], tokenizer, {tokenizer.eos_token_id})
+    assert [child.over for child in tree.root.children] == [False, True, True]
+    assert [child.prior for child in tree.root.children] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-4)
+    assert [child.total for child in tree.root.children] == [0.4, 0.9, 0.0]  # a line that never ends is worth nothing
+    assert tree.spent == 2 * sum(len(line.token_ids) for line in lines) and tree.nodes_by_depth == {1: 3}
+    assert tree.choose() == {"best value": True, "vote": True, "found": True}
+    assert tree.finished[0][3] == mcts.START + "</think><answer>(4+5)*3</answer>"
+
+
+def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
+    """A random policy: nothing is solved, but the tokens are counted, and a search that can add nothing stops."""
+    from model import load
+    model, tokenizer = load(base)
+    puzzles = prm.held_out_puzzles(3, 0)
+    asked = []
+
+    def value_of(rows):
+        asked.append(sum(map(len, rows)))
+        return [0.5] * len(rows)
+
+    trees, table = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
+                               what="test")
+    assert all(tree.spent >= 2000 or tree.idle >= mcts.PATIENCE for tree in trees)
+    assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
+    again, table_again = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
+                                     what="test")
+    assert table == table_again and [tree.spent for tree in trees] == [tree.spent for tree in again]
+
+
+def test_growth_counts_different_beginnings():
+    """Rows 1 1 0 2, 1 1 0 3, 4, with 0 as the newline: 2 and then 2 beginnings by token; one line that two rows have."""
+    groups = [[(None, Completion(row, [], False), "") for row in ([1, 1, 0, 2], [1, 1, 0, 3], [4])]]
+    table = mcts.growth(groups, newline=0, lines=2, tokens=4)
+    assert table["tokens"]["different"] == [2, 1, 1, 2] and table["tokens"]["completions"] == [3, 2, 2, 2]
+    assert table["lines"]["different"] == [1, 0] and table["lines"]["completions"] == [2, 0]
+
+
+def test_returns_stand_at_every_end_of_a_line_and_shuffling_moves_them_whole():
+    rows = [[1, 0, 2, 0, 3], [5, 0, 6]]
+    groups = [[([9], Completion(row, [], False), text)] for row, text in
+              zip(rows, ("<answer>(4+5)*3</answer>", "<answer>4</answer>"))]
+    plain = mcts.value_examples(groups, [PUZZLE] * 2, newline=0)
+    assert plain == [([9, 1, 0, 2, 0, 3], [2, 4, 5], [1.0] * 3), ([9, 5, 0, 6], [2, 3], [0.0] * 2)]
+    labels = {tuple(example[2][0] for example in mcts.value_examples(groups, [PUZZLE] * 2, 0, random.Random(seed)))
+              for seed in range(8)}
+    assert labels == {(1.0, 0.0), (0.0, 1.0)}
+
+
+def test_held_out_puzzles_of_seeds_are_different_ones():
+    sets = [set(prm.held_out_puzzles(50, seed)) for seed in range(3)]
+    assert all(is_held_out(puzzle) for own in sets for puzzle in own)
+    assert len(set.union(*sets)) == 150
+
+
+# ------------------------------------------------------------------------------------------------------- pages and examples
+
+
+def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
+    """What evaluate.py --shots puts before a puzzle is in the form of a page, and eight of them fit the context."""
+    examples = few_shot_examples(8, "tiny", "laptop", 0)
+    prompt = make_prompt(PUZZLE, examples=examples)
+    page = next(d["prompt"] for d in corpus.write_corpus(corpus.Config(n=400, pages=1.0, chat=0.0))
+                if d["prompt"].count("using") == 9)
+    assert prompt.count("\n\nusing") == page.count("\n\nusing") == 8
+    assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"]
+    longest = max(len(ids) for ids in tokenizer([make_prompt(PUZZLE, examples=few_shot_examples(8, "tiny", "laptop", seed))
+                                                 for seed in range(50)])["input_ids"])
+    assert longest + 512 <= few_shot.Config().context
+
+
+def test_arms_of_the_aha_study_differ_in_one_switch():
+    for arm, flags in aha.ARMS.items():
+        assert len(flags) == (0 if arm == "full" else 2 if arm == "wrong answers" else 1)
+        commands = [stage.arguments for stage in aha.base_stages(aha.Config(), arm)]
+        assert commands[1][2:] == aha.base_stages(aha.Config(), "full")[1].arguments[2:]
+
+
+# ----------------------------------------------------------------------------------------------- studies: order and results
+
+
+def test_a_piece_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        assert study.piece(tmp_path, "a name", lambda: calls.append(1) or {"x": 1.5}) == {"x": 1.5}
+    assert calls == [1] and study.piece(tmp_path, "a name") == {"x": 1.5}
+    with pytest.raises(FileNotFoundError):
+        study.piece(tmp_path, "never made")
+
+
+def test_a_share_has_the_interval_of_one_seed():
+    entry = study.share([0.4, 0.6], 100)
+    assert (entry["low"], entry["high"]) == wilson_interval(0.5, 100)
+    assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and study.text(entry) == "50.0% (40.4% to 59.6%)"
+
+
+@pytest.mark.parametrize("a, b, words", ((0.9, 0.5, "better than"), (0.5, 0.9, "worse than"), (0.5, 0.55, "no different from")))
+def test_shares_differ_where_their_intervals_part(a, b, words):
+    assert study.compared(study.share([a], 100), study.share([b], 100)) == words
+
+
+def run(study_name, *flags):
+    """The study's main(); StopRequest takes Ctrl-C, the test takes it back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
+        patch.chdir(ROOT)
+        try:
+            importlib.import_module(study_name).main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys):
+    run(name, "--quick", "--out", tmp_path / "out")
+    folder = tmp_path / "out-quick"
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert (folder / f"{name}.png").stat().st_size > 20_000
+    assert importlib.import_module(name).verdict(results) in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    run(name, "--quick", "--out", tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+    again = json.loads((folder / f"{name}.json").read_text())
+    assert again == results
+
+
+def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
+    study.write_json(tmp_path / "out" / "config.json", {"n": 3})
+    refused(prm, "--out", tmp_path / "out", says=("other settings", "n", "another --out"))
+    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 3",))
+    refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_readme_has_the_committed_results_in_words_picture_and_command(name):
+    """Both sentences are made from the JSON, number for number, by the study itself."""
+    results = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert importlib.import_module(name).verdict(results) in readme
+    assert f"](experiments/results/{name}.png)" in readme and f"python experiments/{name}.py" in readme
+    assert (ROOT / "experiments" / "results" / f"{name}.png").stat().st_size > 20_000
+    assert not results["config"]["quick"] and results["config"]["seeds"] == 3
+    assert all(minutes <= 90 for minutes in results["minutes"].values())
