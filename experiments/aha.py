@@ -22,7 +22,7 @@ lines, and for each arm what the base did and what it does after RL.
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, finish, piece, run_stages, seed_folder, seeds_to_run, share, text
+from study import average, begin, finish, markdown, piece, run_stages, seed_folder, seeds_to_run, share, text
 
 import evaluate
 from model import load
@@ -130,8 +130,31 @@ def draw(record: dict, path) -> None:
     plot_lines({arm: result["curves"] for arm, result in record["arms"].items()}, path, PANELS)
 
 
+def table(record: dict) -> str:
+    def change(arm: dict, name: str, form: str) -> str:
+        return f"{arm['base'][name]['mean']:{form}} -> {arm['rl'][name]['mean']:{form}}"
+
+    samples = record["config"]["samples"]
+    columns = ((f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"), ("completion_tokens", ".0f"), ("verifications", ".2f"),
+               ("backtracks", ".2f"), ("reflection_words", ".2f"), ("found", ".1%"), ("right_when_found", ".1%"))
+    rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}",
+             *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]
+    return markdown(["base", "pass@1", *(column.replace("completion_", "").replace("_", " ") for column, _ in columns)],
+                    rows)
+
+
 def verdict(record: dict) -> str:
-    return ""
+    arms = record["arms"]
+    moves = "; ".join(f"{arm} {arms[arm]['base']['pass@1']['mean']:.1%} to {text(arms[arm]['rl']['pass@1'])}"
+                      for arm in ARMS)
+    missing = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
+    counts = ", ".join(
+        f"{name.replace('_', ' ')} {arms['full']['base'][name]['mean']:.2f} to {arms['full']['rl'][name]['mean']:.2f} "
+        f"a completion on the full base and {arms[arm]['base'][name]['mean']:.2f} to {arms[arm]['rl'][name]['mean']:.2f} "
+        f"on the one that never read them" for arm, name in missing.items())
+    created = [name for arm, name in missing.items() if arms[arm]["rl"][name]["mean"] >= 0.05]
+    words = f"RL created {' and '.join(created)}" if created else "RL created none of these behaviours"
+    return f"pass@1 under the same GRPO: {moves}. {words}: {counts}."
 
 
 def main() -> None:
@@ -146,7 +169,7 @@ def main() -> None:
             run_stages(folder, [stage], go_on)
             piece(folder, f"{arm} rl", lambda: measure(config, stage.out / "checkpoint"))
     if config.seed < 0 and not config.arm:
-        finish(config, "aha", collect(config), draw, verdict)
+        finish(config, "aha", collect(config), draw, table, verdict)
 
 
 if __name__ == "__main__":

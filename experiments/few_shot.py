@@ -13,10 +13,11 @@ The base is the same for all seeds; a seed fixes RL, sampling, and which example
 format and length against the number of examples.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, finish, run_stages, seed_folder, seeds_to_run, share, text
+from study import average, begin, compared, finish, markdown, run_stages, seed_folder, seeds_to_run, share, text
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
@@ -80,7 +81,6 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
 
 
 def collect(config: Config) -> dict:
-    import json
     rows = {name: {} for name in MODELS}
     for name, shots in evaluations(config, 0):
         tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
@@ -116,8 +116,28 @@ def draw(record: dict, path) -> None:
     write_figure(figure, path)
 
 
+def table(record: dict) -> str:
+    rows = []
+    for name, label in MODELS.items():
+        entries = record["models"][name]
+        rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
+                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens" if str(shots) in entries
+                               else "" for shots in SHOTS])
+    return markdown(["pass@1 with", *(f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS)], rows)
+
+
 def verdict(record: dict) -> str:
-    return ""
+    rows = record["models"]
+    most = str(SHOTS[-1])
+
+    def line(name: str) -> str:
+        zero, best_ = rows[name]["0"]["pass@1"], rows[name][most]["pass@1"]
+        return (f"{MODELS[name]} solves {text(zero)} without examples and {text(best_)} with {most}, "
+                f"{compared(best_, zero)} without")
+
+    return (f"{line('base')}; {line('zero')}; {line('rl-all')}. "
+            f"A base that never read two documents in one context is at {text(rows['without pages']['0']['pass@1'])} "
+            f"without an example and at {text(rows['without pages']['1']['pass@1'])} with one.")
 
 
 def main() -> None:
@@ -127,7 +147,7 @@ def main() -> None:
     for seed in seeds_to_run(config):
         run_stages(seed_folder(config, seed), [*ladder(config, seed), *evaluations(config, seed).values()], go_on)
     if config.seed < 0:
-        finish(config, "few_shot", collect(config), draw, verdict)
+        finish(config, "few_shot", collect(config), draw, table, verdict)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from study import (average, begin, compared, draw_shares, finish, piece, run_stages, sample_groups, seed_folder,
+from study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages, sample_groups, seed_folder,
                    seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
@@ -54,7 +54,7 @@ class Config:
     model: str = "models/tiny-student"  # the policy, and where the value model starts
     train_puzzles: int = 1200        # train puzzles whose rollouts the value model learns from
     train_samples: int = 8           # rollouts of each
-    epochs: int = 2                  # passes over them
+    epochs: int = 1                  # passes over them
     n: int = 100                     # held-out puzzles a seed; seeds take different ones
     samples: int = 256               # the largest budget: as many tokens as so many completions have
     width: int = 4                   # lines that the policy writes at a node, the limit of its extensions
@@ -428,8 +428,39 @@ def draw(record: dict, path) -> None:
     write_figure(figure, path)
 
 
+def table(record: dict) -> str:
+    plain_, mcts = record["plain"], record["mcts"]
+    sizes = list(plain_["majority"])[::2]
+    ways = [("majority of N", plain_["majority"], 1), ("best of N / 2 by value", plain_["best of N"], 2),
+            ("vote of N / 2 weighted by value", plain_["weighted vote"], 2), ("MCTS, best value", mcts["best value"], 1),
+            ("MCTS, vote", mcts["vote"], 1), ("in the tree of MCTS", mcts["found"], 1), ("pass@N", plain_["pass@N"], 1)]
+    rows = [[label] + [text(entries[str(int(size) // cost)]) if str(int(size) // cost) in entries else ""
+                       for size in sizes] for label, entries, cost in ways]
+    return markdown(["solved with the tokens of N completions", *(f"N = {size}" for size in sizes)], rows)
+
+
 def verdict(record: dict) -> str:
-    return ""
+    plain_, mcts, training = record["plain"], record["mcts"], record["training"]
+    sizes = list(plain_["majority"])
+    few, many = sizes[min(4, len(sizes) - 1)], sizes[-1]
+
+    def at(size: str) -> str:
+        ours, theirs, other = mcts["best value"][size], plain_["majority"][size], plain_["best of N"][str(int(size) // 2)]
+        return (f"at the tokens of {size} completions MCTS solves {text(ours)}, {compared(ours, theirs)} majority voting "
+                f"({text(theirs, False)}) and {compared(ours, other)} best of {int(size) // 2} by the same value model "
+                f"({text(other, False)})")
+
+    widths = record["widths"]
+    narrow, wide = list(widths)[0], list(widths)[-1]
+    last = list(widths[narrow]["found"])[-1]
+    usual = widths[str(record["config"]["width"])]
+    return (f"{at(few)}; {at(many)}. "
+            f"With at most {narrow} lines a node the solution is in the tree of {text(widths[narrow]['found'][last], False)} "
+            f"of the puzzles, with {wide} of {text(widths[wide]['found'][last], False)}; shuffled returns as a value model "
+            f"give {text(record['values']['shuffled']['best value'][last], False)} instead of "
+            f"{text(usual['best value'][last], False)}, and a round of SFT on what the search solved "
+            f"{text(training['mcts']['pass@1'])}, {compared(training['mcts']['pass@1'], training['plain']['pass@1'])} on as "
+            f"many tokens of plain sampling ({text(training['plain']['pass@1'], False)}).")
 
 
 def main() -> None:
@@ -441,7 +472,7 @@ def main() -> None:
         piece(folder, "training-data", lambda: write_training_data(config, folder, seed))
         run_stages(folder, training_stages(config, folder, seed), "python experiments/mcts.py")
     if config.seed < 0:
-        finish(config, "mcts", collect(config), draw, verdict)
+        finish(config, "mcts", collect(config), draw, table, verdict)
 
 
 if __name__ == "__main__":

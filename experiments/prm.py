@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from study import (average, begin, compared, draw_shares, finish, piece, run_stages, sample_groups, seed_folder,
+from study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages, sample_groups, seed_folder,
                    seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
@@ -413,8 +413,48 @@ def draw(record: dict, path) -> None:
     write_figure(figure, path)
 
 
+def table(record: dict) -> str:
+    clean = record["scorers"]["0.0"]["rerank"]
+    sizes = list(clean["majority"])[::2]
+    rows = [[way] + [text(entry[size]) for size in sizes] for way, entry in clean.items()]
+    rows += [[f"PRM, last, {float(noise):.0%} of labels flipped"] + [text(entry["rerank"]["PRM, last"][size])
+             for size in sizes] for noise, entry in record["scorers"].items() if noise != "0.0"]
+    choice = markdown(["chosen from N completions by", *(f"N = {size}" for size in sizes)], rows)
+    rows = [[f"{float(noise):.0%}"] + [f"{text(entry[kind]['accuracy'])}, {entry[kind]['calibration_error']['mean']:.3f}"
+                                       for kind in KINDS] for noise, entry in record["scorers"].items()]
+    rows.append(["the more frequent label"] + [text(record["scorers"]["0.0"][kind]["majority_class"]) for kind in KINDS])
+    scorer = markdown(["labels flipped", *(f"{name}: accuracy, calibration error" for name in
+                                           ("at the ':'", "line", "answer"))], rows)
+    rows = []
+    for arm, entry in record["arms"].items():
+        last = entry["last_5_steps"]
+        rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'])}",
+                     f"{entry['first_prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
+                     text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
+                     f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]), f"{entry['tflops']['mean']:.2f}"])
+    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "lines that reach the target",
+                       "lines", "tokens", "truncated", "TFLOPs"], rows)
+    return f"{scorer}\n\n{choice}\n\n{reward}"
+
+
 def verdict(record: dict) -> str:
-    return ""
+    clean, noisy = record["scorers"]["0.0"], record["scorers"]["0.2"]
+    sizes = list(clean["rerank"]["majority"])
+    most, half = sizes[-1], sizes[-2]
+    best_, majority = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
+    arms = record["arms"]
+    alone, both, outcome = arms["PRM alone"], arms["outcome + PRM"], arms["outcome"]
+    return (
+        f"The scorer judges {text(clean['line']['accuracy'])} of held-out lines right at their end and "
+        f"{text(clean['ahead']['accuracy'])} at their \":\" (always the more frequent label: "
+        f"{text(clean['ahead']['majority_class'])}); best of {half} by the last line's score solves {text(best_)}, "
+        f"{compared(best_, majority)} majority voting for the same tokens ({text(majority, False)}), and with 20% of the "
+        f"labels flipped {text(noisy['rerank']['PRM, last'][half], False)}. "
+        f"As GRPO's only reward its score goes {alone['first_prm_score']['mean']:.2f} to "
+        f"{alone['last_5_steps']['prm_score']['mean']:.2f} and held-out pass@1 {text(alone['before'], False)} to "
+        f"{text(alone['after'])}; beside the outcome reward it ends at {text(both['after'])}, "
+        f"{compared(both['after'], outcome['after'])} the outcome reward alone ({text(outcome['after'])}), which costs "
+        f"{outcome['tflops']['mean'] / both['tflops']['mean']:.0%} of the compute.")
 
 
 def main() -> None:
@@ -427,7 +467,7 @@ def main() -> None:
             process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, judge)
             run_stages(folder, [reward_stage(config, folder, arm, seed)], "python experiments/prm.py", process=process)
     if config.seed < 0:
-        finish(config, "prm", collect(config), draw, verdict)
+        finish(config, "prm", collect(config), draw, table, verdict)
 
 
 if __name__ == "__main__":

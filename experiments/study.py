@@ -5,7 +5,7 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
 
     OUT/config.json            the settings; a folder holds one set of them
     OUT/seed0/...              runs, datasets and pieces of a seed
-    OUT/NAME.json, NAME.png    results of all seeds; the ones that we ran are in experiments/results/
+    OUT/NAME.json, .png, .md   results of all seeds; the ones that we ran are in experiments/results/
 
     python experiments/aha.py --seed 0         # one seed; the others in other terminals
     python experiments/aha.py                  # what is missing, then the picture
@@ -159,8 +159,13 @@ def share_axis(axis, label: str, log: bool = True) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def finish(config, name: str, results: dict, draw, verdict) -> None:
-    """OUT/NAME.json and OUT/NAME.png, and what they say. draw(results, path) draws; verdict(results) -> sentences."""
+def markdown(header: list[str], rows: list[list]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def finish(config, name: str, results: dict, draw, table, verdict) -> None:
+    """OUT/NAME.json, NAME.png, and NAME.md: what the README says. draw(results, path) draws, table(results) -> markdown,
+    verdict(results) -> two sentences."""
     folder = Path(config.out)
     record = {"command": f"python experiments/{name}.py", "config": asdict(config),
               "minutes": {path.name: round(minutes(path), 1) for path in sorted(folder.iterdir()) if path.is_dir()},
@@ -168,5 +173,7 @@ def finish(config, name: str, results: dict, draw, verdict) -> None:
     record = json.loads(json.dumps(rounded(record)))  # as a reader of the file will find it
     write_json(folder / f"{name}.json", record)
     draw(record, folder / f"{name}.png")
-    print(f"\n{verdict(record)}\n\n{folder / f'{name}.json'}, {folder / f'{name}.png'}; minutes: "
-          f"{record['minutes']}" + " (--quick: the numbers mean nothing)" * config.quick)
+    words = f"{verdict(record)}\n\n{table(record)}\n"
+    (folder / f"{name}.md").write_text(words)
+    print(f"\n{words}\n{folder / name}.json, .png and .md; minutes: {record['minutes']}"
+          + " (--quick: the numbers mean nothing)" * config.quick)
