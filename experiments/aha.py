@@ -52,7 +52,7 @@ class Config:
             raise ValueError(f"got arm {self.arm!r}, expected one of {', '.join(ARMS)}")
 
 
-QUICK = dict(seeds=1, documents=600, steps=2, batch_size=32, eval_every=1, eval_n=16, samples=2)
+QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2)
 ARMS = {
     "full": (),
     "no verification": ("--no-verification",),
@@ -60,6 +60,7 @@ ARMS = {
     "no reflection": ("--no-reflection",),
     "wrong answers": ("--wrong-answers", 1.0),
 }
+QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 PANELS = (
     ("accuracy", "accuracy", "eval_pass@1", True),
@@ -89,7 +90,8 @@ def base_stages(config: Config, arm: str) -> list[Stage]:
 def rl_stage(config: Config, arm: str, seed: int) -> Stage:
     return Stage(f"{arm_folder(Path(), arm)}-rl", "train_countdown", (
         "--model", base_stages(config, arm)[-1].out / "checkpoint", "--steps", config.steps, "--batch-size",
-        config.batch_size, "--eval-every", config.eval_every, "--eval-n", config.eval_n, "--seed", seed),
+        config.batch_size, "--eval-every", config.eval_every, "--eval-n", config.eval_n, "--seed", seed,
+        *(("--max-new-tokens", QUICK_TOKENS) if config.quick else ())),
         arm_folder(seed_folder(config, seed), arm))
 
 
@@ -101,7 +103,8 @@ def measure(config: Config, checkpoint) -> dict:
     """Held-out figures of a checkpoint, and two that only this study wants: how many searches say yes to a result, and
     how many of these answer right."""
     model, tokenizer = load(checkpoint)
-    table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(n=config.eval_n, samples=config.samples))
+    table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
+        n=config.eval_n, samples=config.samples, max_new_tokens=QUICK_TOKENS if config.quick else 512))
     found = [record for record in records
              if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
     return table | {"found": len(found) / len(records),

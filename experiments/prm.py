@@ -9,8 +9,8 @@ the second reason is gone, and the other two can be measured:
     rerank     best of N by its scores, against majority voting and pass@N, at equal tokens: the scorer reads what the
                policy writes, so it pays twice for a completion
     noise      the same with 10% and 20% of the training labels flipped
-    reward     GRPO with the scores as rewards of single lines (DeepSeekMath, section 4.1.3), beside the outcome reward,
-               without it, and with the solver's own labels: then no scorer is there to be fooled
+    reward     GRPO with the scores as rewards of single lines: normalised as in DeepSeekMath, section 4.1.3, beside the
+               outcome reward and alone; and simply paid, line by line, beside it and alone, then for longer
 
     python experiments/prm.py                  # 3 seeds; 2 cores: see minutes in experiments/results/prm.json
     python experiments/prm.py --seed 0         # one seed, a terminal each; then without --seed for the picture
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from batching import micro_batches
 from countdown import Puzzle, reachable, sample_puzzles
 from evaluate import pass_at_k
-from grpo import process_advantages
+from grpo import group_advantages, process_advantages
 from model import load
 from optimizer import MasterAdamW, clip_gradients
 from plots import write_figure
@@ -69,11 +69,12 @@ class Config:
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
-ARMS = {  # (weight of the outcome, weight of the process, who rewards a line)
-    "outcome": (1, 0, "scorer"),
-    "outcome + PRM": (1, 1, "scorer"),
-    "PRM alone": (0, 1, "scorer"),
-    "solver's labels alone": (0, 1, "solver"),
+ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how lines are rewarded, steps in --steps)
+    "outcome": (1, 0, "normalised", 1),
+    "outcome + PRM": (1, 1, "normalised", 1),
+    "PRM alone": (0, 1, "normalised", 1),
+    "outcome + PRM, paid per line": (1, 1, "paid", 1),
+    "PRM alone, paid per line": (0, 1, "paid", 3),
 }
 HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
 
@@ -276,33 +277,40 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
 # --------------------------------------------------------------------------------------------------------------- reward
 
 
-def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: float, judge: str):
-    """process for train_countdown.main: lines rewarded one by one, by the scorer or by the solver."""
+def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: float, form: str):
+    """process for train_countdown.main: lines are rewarded one by one.
+
+    normalised: DeepSeekMath's process supervision; a line below the group's mean costs. paid: a completion's reward is
+    the sum over its lines, and its advantage is that of any reward; a line never costs.
+    """
     def process(tasks, prompt_ids, completions, advantages):
-        size = advantages.shape[1]
+        size, lengths = advantages.shape[1], [len(c.token_ids) for c in completions]
         traces = [Trace(puzzle, prompt, c.token_ids, "", [step for step in find_steps(
             tokenizer.convert_ids_to_tokens(c.token_ids), puzzle) if step.kind == "line"])
             for puzzle, prompt, c in zip(tasks, prompt_ids, completions)]
         scores = score_traces(scorer, traces)
         labels = [[step.label for step in trace.steps] for trace in traces]
-        rewards, rows = scores if judge == "scorer" else labels, []
-        for i in range(0, len(traces), size):
-            group = traces[i:i + size]
-            rows += process_advantages(rewards[i:i + size], [[step.index for step in t.steps] for t in group],
-                                       [len(t.token_ids) for t in group])
+        rows = []
+        if form == "paid":
+            sums = group_advantages(torch.tensor(list(map(sum, scores))).view(-1, size)).flatten().tolist()
+            rows = [[a] * length for a, length in zip(sums, lengths)]
+        else:
+            for i in range(0, len(traces), size):
+                ends = [[step.index for step in trace.steps] for trace in traces[i:i + size]]
+                rows += process_advantages(scores[i:i + size], ends, lengths[i:i + size])
         outcome = advantages.flatten().tolist()
         rows = [[outcome_weight * a + process_weight * value for value in row] for a, row in zip(outcome, rows)]
         lines = sum(map(len, labels))
-        return rows, {"prm_score": sum(map(sum, scores)) / max(1, lines), "lines": lines / len(traces),
-                      "lines_that_reach": sum(map(sum, labels)) / max(1, lines)}
+        return rows, {"prm_score": sum(map(sum, scores)) / max(1, lines),
+                      "lines": lines / len(traces), "lines_that_reach": sum(map(sum, labels)) / max(1, lines)}
     return process
 
 
 def reward_stage(config: Config, folder, arm: str, seed: int) -> Stage:
-    return Stage(f"rl-{arm}", "train_countdown", (
-        "--model", config.model, "--steps", config.steps, "--batch-size", config.batch_size, "--eval-every",
-        max(1, config.steps // 8), "--eval-n", config.eval_n, "--seed", seed),
-        folder / f"rl-{re.sub(r'[^a-zA-Z]+', '-', arm)}")
+    name, steps = "rl-" + re.sub(r"[^a-zA-Z]+", "-", arm), config.steps * ARMS[arm][-1]
+    return Stage(name, "train_countdown", (
+        "--model", config.model, "--steps", steps, "--batch-size", config.batch_size, "--eval-every",
+        max(1, config.steps // 8), "--eval-n", config.eval_n, "--seed", seed), folder / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -345,10 +353,10 @@ def collect(config: Config) -> dict:
                                     for way in scored[0][noise]["rerank"]}
     parameters = sum(p.numel() for p in load(config.model)[0].parameters())
     arms = {}
-    for arm, (_, process_weight, judge) in ARMS.items():
+    for arm, (_, process_weight, _, _) in ARMS.items():
         logs = [read_jsonl(reward_stage(config, folder, arm, seed).out / "metrics.jsonl")
                 for seed, folder in enumerate(folders)]
-        reads = 2 if process_weight and judge == "scorer" else 0
+        reads = 2 if process_weight else 0
         curves = []
         for log, s in zip(logs, scored):  # 2 operations a parameter and token written or read, 6 where it is trained on
             flops = 2 * s["train_tokens"] + 6 * config.epochs * s["train_tokens"] if reads else 0
@@ -358,12 +366,14 @@ def collect(config: Config) -> dict:
                 curve.append({"tflops": flops * parameters / 1e12, **{name: row[name] for name in (
                     "step", "accuracy", "prm_score", "lines_that_reach", "lines", "completion_tokens", "truncated",
                     "eval_pass@1", "eval_completion_tokens") if name in row}})
+                if "lines" in row:
+                    curve[-1]["prm_sum"] = row["prm_score"] * row["lines"]  # of a completion
             curves.append(curve)
         last = {name: average([sum(row[name] for row in curve[1:][-5:]) / len(curve[1:][-5:]) for curve in curves])
-                for name in ("prm_score", "lines_that_reach", "lines", "completion_tokens", "truncated")}
+                for name in ("prm_score", "prm_sum", "lines_that_reach", "lines", "completion_tokens", "truncated")}
         arms[arm] = {"before": share([c[0]["eval_pass@1"] for c in curves], config.eval_n),
                      "after": share([c[-1]["eval_pass@1"] for c in curves], config.eval_n),
-                     "first_prm_score": average([c[1]["prm_score"] for c in curves]), "last_5_steps": last,
+                     "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
     return {"scorers": scorers, "arms": arms,
             "tokens_a_completion": average([s["tokens_a_completion"] for s in scored]),
@@ -429,10 +439,11 @@ def table(record: dict) -> str:
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
         rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'])}",
-                     f"{entry['first_prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
+                     f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
+                     f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
                      text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
                      f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]), f"{entry['tflops']['mean']:.2f}"])
-    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "lines that reach the target",
+    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "its sum", "lines that reach the target",
                        "lines", "tokens", "truncated", "TFLOPs"], rows)
     return f"{scorer}\n\n{choice}\n\n{reward}"
 
@@ -463,8 +474,8 @@ def main() -> None:
         folder = seed_folder(config, seed)
         piece(folder, "scores", lambda: score_and_rerank(config, folder, seed))
         scorer, tokenizer = load_reward_model(folder / "scorer")
-        for arm, (outcome_weight, process_weight, judge) in ARMS.items():
-            process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, judge)
+        for arm, (outcome_weight, process_weight, form, _) in ARMS.items():
+            process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, form)
             run_stages(folder, [reward_stage(config, folder, arm, seed)], "python experiments/prm.py", process=process)
     if config.seed < 0:
         finish(config, "prm", collect(config), draw, table, verdict)

@@ -148,37 +148,43 @@ def test_rerank_by_hand():
 # --------------------------------------------------------------------------------------------------- rewards of single lines
 
 
-class Likes:
-    """A scorer that gives log-odds 2 to every position whose token is this one, and -2 to others."""
-    def __init__(self, token):
-        self.token = token
+@pytest.fixture
+def two_searches(tokenizer):
+    """Of one group: a line that ends in yes, one that ends in no, each with two tokens behind it."""
+    texts = ("5+4=9,9 3:9*3=27?27 yes\nxx", "5-4=1,3 1:3+1=4?27 no,3*1=3?27 no,\nxx")
+    completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in texts]
+    return completions, [c.token_ids.index(tokenizer.convert_tokens_to_ids("\n")) for c in completions]
+
+
+class Yes:
+    """A scorer with log-odds 2 where a row has " yes" in it, -2 where it has not."""
+    def __init__(self, tokenizer):
+        self.token = tokenizer.convert_tokens_to_ids(" yes")
 
     def __call__(self, rows, positions):
-        return torch.tensor([2.0 if row[i] == self.token else -2.0 for row, own in zip(rows, positions) for i in own])
+        return torch.tensor([2.0 if self.token in row[:i] else -2.0 for row, own in zip(rows, positions) for i in own])
 
 
-def test_step_rewards_reach_the_tokens_of_their_lines(tokenizer):
-    """Two completions: one line that reaches the target, one that does not. By the solver's labels, rewards 1 and 0, so
-    all tokens up to the line's end have advantage 1 and -1, those behind it 0; the outcome comes on top."""
-    texts = ("5+4=9,9 3:9*3=27?27 yes\nxx", "5-4=1,3 1:3+1=4?27 no,\nxx")
-    completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in texts]
-    ends = [completion.token_ids.index(tokenizer.convert_tokens_to_ids("\n")) for completion in completions]
-    process = prm.step_rewarder(Likes(0), tokenizer, 1.0, 0.5, "solver")
+@pytest.mark.parametrize("form, behind", (("normalised", 0.0), ("paid", 1.0)))
+def test_step_rewards_reach_the_tokens_of_their_lines(tokenizer, two_searches, form, behind):
+    """Two scores in a group are worth 1 and -1: normalised, up to the line's end and not behind it; paid, on the whole
+    completion. Weighted 0.5, and the outcome's 2 and -2 on top."""
+    completions, ends = two_searches
+    process = prm.step_rewarder(Yes(tokenizer), tokenizer, 1.0, 0.5, form)
     rows, log = process([PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
     for row, end, sign in zip(rows, ends, (1, -1)):
         assert row[:end + 1] == pytest.approx([sign * 2.5] * (end + 1), abs=1e-4)
-        assert row[end + 1:] == pytest.approx([sign * 2.0] * (len(row) - end - 1))
-    assert log == {"prm_score": pytest.approx(1 / (1 + math.exp(2))), "lines": 1.0, "lines_that_reach": 0.5}
+        assert row[end + 1:] == pytest.approx([sign * (2.0 + 0.5 * behind)] * (len(row) - end - 1), abs=1e-4)
+    assert log == {"prm_score": pytest.approx(0.5), "lines": 1.0, "lines_that_reach": 0.5}
 
 
 def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
-    """A scorer that likes every end of a line: all rewards alike, no advantage. One that likes nothing: the same."""
+    """"4+4=8,8 3:8*3=27?27 yes" is false twice, and the scorer that looks for a yes pays it as much as a true one."""
     completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in
-                   ("5+4=9,9 3:9*3=27?27 yes\n", "5-4=1,3 1:3+1=4?27 no,\n")]
-    newline = tokenizer.convert_tokens_to_ids("\n")
-    rows, log = prm.step_rewarder(Likes(newline), tokenizer, 0.0, 1.0, "scorer")(
+                   ("4+4=8,8 3:8*3=27?27 yes\n", "5+4=9,9 3:9*3=27?27 yes\n")]
+    rows, log = prm.step_rewarder(Yes(tokenizer), tokenizer, 0.0, 1.0, "normalised")(
         [PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
-    assert not any(map(any, rows)) and log["prm_score"] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert not any(map(any, rows)) and log["lines_that_reach"] == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tree
