@@ -191,6 +191,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     records = [{"numbers": puzzle.numbers, "target": puzzle.target, "prompt": prompts[i], "completion": text,
                 "verdict": verify(extract_answer(text), *puzzle)[1]}
                for i, puzzle in enumerate(puzzles) for text in groups[i]]
+    table["wrong_numbers"] = sum(record["verdict"].startswith("uses") for record in records) / len(records)
     return table, records
 
 

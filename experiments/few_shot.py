@@ -10,7 +10,7 @@ R1-Zero and R1, by the stages of r1.py, whose prompts never hold an example. The
     python experiments/few_shot.py --quick     # a minute: does it run? Its numbers mean nothing
 
 The base is the same for all seeds; a seed fixes RL, sampling, and which examples and puzzles are drawn. You see pass@1,
-format and length against the number of examples.
+length, what the examples teach (their language) and what they confuse (numbers) against how many there are.
 """
 
 import json
@@ -86,13 +86,15 @@ def collect(config: Config) -> dict:
         tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
         rows[name][shots] = {"pass@1": share([table["pass@1"] for table in tables], config.n),
                              **{column: average([table[column] for table in tables]) for column in
-                                ("format", "completion_tokens", "truncated", "backtracks", "mixed")}}
+                                ("format", "language", "wrong_numbers", "completion_tokens", "truncated", "verifications",
+                                 "backtracks")}}
     return {"models": rows}
 
 
 def draw(record: dict, path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
-    panels = (("pass@1", "held-out pass@1"), ("format", "format"), ("completion_tokens", "completion length (tokens)"))
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
+    panels = (("pass@1", "held-out pass@1"), ("language", "words in English, as in the examples"),
+              ("wrong_numbers", "answers with other numbers"), ("completion_tokens", "completion length (tokens)"))
     for axis, (column, title) in zip(axes, panels):
         for i, (name, label) in enumerate(MODELS.items()):
             entries = record["models"][name]
@@ -135,8 +137,11 @@ def verdict(record: dict) -> str:
         return (f"{MODELS[name]} solves {text(zero)} without examples and {text(best_)} with {most}, "
                 f"{compared(best_, zero)} without")
 
+    base = rows["base"]
     return (f"{line('base')}; {line('zero')}; {line('rl-all')}. "
-            f"A base that never read two documents in one context is at {text(rows['without pages']['0']['pass@1'])} "
+            f"What {most} examples teach the base is their looks, English goes {text(base['0']['language'])} to "
+            f"{text(base[most]['language'])}, and what they confuse is the numbers, wrong in "
+            f"{text(base['0']['wrong_numbers'])} and {text(base[most]['wrong_numbers'])} of its answers; a base that never read two documents in one context is at {text(rows['without pages']['0']['pass@1'])} "
             f"without an example and at {text(rows['without pages']['1']['pass@1'])} with one.")
 
 

@@ -70,7 +70,7 @@ QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=
 START = "<think>\n"  # every search and every completion begins behind it
 WIDTHS = (2, 4, 8, 16)
 MAX_LINE, MAX_DEPTH = 80, 16  # tokens of a line; lines of a path
-PATIENCE = 50  # selections in a row that end where nothing can be added: the search is stuck
+PATIENCE = 1000  # selections in a row that end where nothing can be added: the search is stuck
 
 
 # ----------------------------------------------------------------------------------------------------------------- tree
@@ -112,8 +112,17 @@ class Search:
 
     def __init__(self, puzzle: Puzzle, root_ids: list[int]):
         self.puzzle, self.root, self.spent = puzzle, Node(root_ids), 0
-        self.finished, self.idle = [], 0  # (node, answer's value, value model's score, text); selections in vain
-        self.nodes_by_depth = {}
+        self.finished, self.nodes_by_depth = [], {}  # finished: (node, answer's value, value model's score, text)
+
+    def next_leaf(self, explore: float) -> Node | None:
+        """The node to go on from. One that is over gets another visit, which makes the others more attractive; None if
+        that does not help for PATIENCE visits: the search is stuck."""
+        for _ in range(PATIENCE):
+            leaf = select(self.root, explore)
+            if not leaf.over:
+                return leaf
+            back_up(leaf, leaf.total / leaf.visits)
+        return None
 
     def add(self, leaf: Node, completions, values: list[float], tokenizer, ends: set[int]) -> None:
         """Puts the policy's lines below a node; a line that it wrote twice becomes one child."""
@@ -163,21 +172,16 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
     round_, bar = 0, tqdm(total=len(puzzles), desc=what, unit="tree", mininterval=1.0)
     open_ = list(range(len(searches)))
     while open_:
-        leaves = {i: select(searches[i].root, explore) for i in open_}
-        grown = [i for i in open_ if not leaves[i].over]
-        for i in open_:
-            if leaves[i].over:  # nothing to add: the visit alone moves the next selection elsewhere, or does not
-                back_up(leaves[i], leaves[i].total / leaves[i].visits)
-                searches[i].idle += 1
+        leaves = {i: searches[i].next_leaf(explore) for i in open_}
+        grown = [i for i in open_ if leaves[i]]
         prefixes = [leaves[i].path() for i in grown for _ in range(width)]
         lines = sample(model, prefixes, max_new_tokens=MAX_LINE, eos_ids=ends | {newline}, seed=seed * 100003 + round_)
         values = value_of([prefix + line.token_ids for prefix, line in zip(prefixes, lines)])
         for place, i in enumerate(grown):
             before, own = searches[i].choose(), slice(place * width, (place + 1) * width)
             searches[i].add(leaves[i], lines[own], values[own], tokenizer, ends)
-            searches[i].idle = 0
             record(i, before, searches[i].spent)
-        still = [i for i in open_ if searches[i].spent < max(budgets) and searches[i].idle < PATIENCE]
+        still = [i for i in grown if searches[i].spent < max(budgets)]
         bar.update(len(open_) - len(still))
         open_, round_ = still, round_ + 1
     bar.close()
@@ -185,7 +189,7 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
         record(i, tree.choose(), math.inf)
     table = {way: {budget: sum(result[budget][way] for result in results) / len(results) for budget in budgets}
              for way in ("best value", "vote", "found")}
-    table["stuck"] = sum(tree.idle >= PATIENCE for tree in searches) / len(searches)
+    table["stuck"] = sum(tree.spent < max(budgets) for tree in searches) / len(searches)
     return searches, table
 
 
@@ -272,36 +276,37 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     return result
 
 
-def compare(config: Config, folder: Path, seed: int) -> dict:
-    """Search and plain sampling on the same held-out puzzles; widths and values at a smaller budget."""
+def compare(config: Config, folder: Path, seed: int) -> None:
+    """Plain sampling and search on the same held-out puzzles; widths and values at a smaller budget."""
     model, tokenizer = load(config.model)
     puzzles = held_out_puzzles(config.n, seed)
     newline = tokenizer.convert_tokens_to_ids("\n")
     value_model, shuffled = (load_reward_model(folder / name)[0] for name in ("value", "shuffled"))
-    trained, others = lambda rows: last_scores(value_model, rows), {
-        "shuffled": lambda rows: last_scores(shuffled, rows), "none": lambda rows: [0.5] * len(rows)}
-    groups = sample_groups(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling", START)
-    scores = [last_scores(value_model, [prompt + completion.token_ids for prompt, completion, _ in group])
-              for group in groups]
-    tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
+
+    def trained(rows):
+        return last_scores(value_model, rows)
+
+    def sample_plainly():
+        groups = sample_groups(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling", START)
+        scores = [trained([prompt + completion.token_ids for prompt, completion, _ in group]) for group in groups]
+        tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
+        return {"tokens": tokens, "plain": plain_curves(groups, puzzles, scores, config.samples),
+                "growth": growth(groups, newline)}
+
+    tokens = piece(folder, "plain", sample_plainly)["tokens"]
     sizes = [2 ** i for i in range(config.samples.bit_length()) if 2 ** i <= config.samples]
-    settings = dict(explore=config.explore, seed=seed)
-    small = [size * tokens for size in sizes if size <= config.ablation_budget]
-    trees, table = search(model, tokenizer, trained, puzzles, budgets=[size * tokens for size in sizes],
-                          width=config.width, what="MCTS", **settings)
-    result = {"tokens": tokens, "plain": plain_curves(groups, puzzles, scores, config.samples),
-              "growth": growth(groups, newline), "mcts": by_completions(table, tokens),
-              "nodes_by_depth": [sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees)
-                                 for depth in range(1, MAX_DEPTH + 1)], "widths": {}, "values": {}}
+
+    def measure(value_of, width: int, most: int, what: str):
+        trees, table = search(model, tokenizer, value_of, puzzles, width=width, explore=config.explore, seed=seed, what=what,
+                              budgets=[size * tokens for size in sizes if size <= most])
+        return by_completions(table, tokens) | {"nodes_by_depth": [
+            sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees) for depth in range(1, MAX_DEPTH + 1)]}
+
+    piece(folder, "mcts", lambda: measure(trained, config.width, config.samples, "MCTS"))
     for width in WIDTHS:
-        _, table = search(model, tokenizer, trained, puzzles, budgets=small, width=width,
-                          what=f"width {width}", **settings)
-        result["widths"][width] = by_completions(table, tokens)
-    for name, value_of in others.items():
-        _, table = search(model, tokenizer, value_of, puzzles, budgets=small, width=config.width,
-                          what=f"values: {name}", **settings)
-        result["values"][name] = by_completions(table, tokens)
-    return result
+        piece(folder, f"width {width}", lambda: measure(trained, width, config.ablation_budget, f"width {width}"))
+    for name, value_of in (("shuffled", lambda rows: last_scores(shuffled, rows)), ("none", lambda rows: [0.5] * len(rows))):
+        piece(folder, f"values {name}", lambda: measure(value_of, config.width, config.ablation_budget, f"values: {name}"))
 
 
 def by_completions(table: dict, tokens: float) -> dict:
@@ -346,18 +351,20 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
 def collect(config: Config) -> dict:
     """The committed JSON."""
     folders = [seed_folder(config, seed) for seed in range(config.seeds)]
-    runs = [piece(folder, "searches") for folder in folders]
-    values, data = ([piece(folder, name) for folder in folders] for name in ("value-model", "training-data"))
+    values, data, plain_ = ([piece(folder, name) for folder in folders] for name in
+                            ("value-model", "training-data", "plain"))
 
-    def shares(pick):
+    def shares(tables):
         """{way: {N: share}} of each seed -> the same over seeds; they have different puzzles."""
-        tables = list(map(pick, runs))
         return {way: {size: share([table[way][size] for table in tables], config.n * config.seeds)
-                      for size in tables[0][way]} if isinstance(tables[0][way], dict)
-                else average([table[way] for table in tables]) for way in tables[0]}
+                      for size in tables[0][way]} for way in tables[0] if isinstance(tables[0][way], dict)} | {
+            way: average([table[way] for table in tables]) for way in tables[0] if way == "stuck"}
 
-    def means(pick):
-        return [sum(column) / len(column) for column in zip(*map(pick, runs))]
+    def searches(name):
+        return shares([piece(folder, name) for folder in folders])
+
+    def means(rows):
+        return [sum(column) / len(column) for column in zip(*rows)]
 
     trained = {}
     for name in ("base", "plain", "mcts"):
@@ -365,16 +372,16 @@ def collect(config: Config) -> dict:
         trained[name] = {"pass@1": share([table["pass@1"] for table in tables], config.eval_n),
                          "completion_tokens": average([table["completion_tokens"] for table in tables]),
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
-    return {"tokens_a_completion": average([run["tokens"] for run in runs]),
-            "plain": shares(lambda run: run["plain"]), "mcts": shares(lambda run: run["mcts"]),
-            "widths": {width: shares(lambda run: run["widths"][width]) for width in runs[0]["widths"]},
-            "values": {name: shares(lambda run: run["values"][name]) for name in runs[0]["values"]},
+    return {"tokens_a_completion": average([run["tokens"] for run in plain_]),
+            "plain": shares([run["plain"] for run in plain_]), "mcts": searches("mcts"),
+            "widths": {width: searches(f"width {width}") for width in WIDTHS},
+            "values": {name: searches(f"values {name}") for name in ("shuffled", "none")},
             "value_models": {name: {part: {column: average([v[name][part][column] for v in values]) for column in
                                            ("n", "accuracy", "majority_class", "calibration_error")}
                                     for part in values[0][name]} for name in values[0]},
-            "growth": {level: {column: means(lambda run: run["growth"][level][column])
+            "growth": {level: {column: means([run["growth"][level][column] for run in plain_])
                                for column in ("depth", "different", "completions")} for level in ("lines", "tokens")},
-            "nodes_by_depth": means(lambda run: run["nodes_by_depth"]), "training": trained}
+            "nodes_by_depth": means([piece(folder, "mcts")["nodes_by_depth"] for folder in folders]), "training": trained}
 
 
 def draw(record: dict, path) -> None:
@@ -468,7 +475,7 @@ def main() -> None:
     for seed in seeds_to_run(config):
         folder = seed_folder(config, seed)
         piece(folder, "value-model", lambda: train_values(config, folder, seed))
-        piece(folder, "searches", lambda: compare(config, folder, seed))
+        compare(config, folder, seed)
         piece(folder, "training-data", lambda: write_training_data(config, folder, seed))
         run_stages(folder, training_stages(config, folder, seed), "python experiments/mcts.py")
     if config.seed < 0:

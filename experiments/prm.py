@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from batching import micro_batches
-from countdown import Puzzle, reachable, sample_puzzles
+from countdown import Puzzle, make_prompt, reachable, sample_puzzles
 from evaluate import pass_at_k
 from grpo import group_advantages, process_advantages
 from model import load
@@ -131,14 +131,6 @@ class Trace(NamedTuple):
     token_ids: list[int]
     text: str
     steps: list[Step]
-
-
-def write_traces(model, tokenizer, puzzles: list[Puzzle], samples: int, seed: int) -> list[Trace]:
-    """Completions of each puzzle, group after group."""
-    groups = sample_groups(model, tokenizer, puzzles, samples, seed, "traces")
-    return [Trace(puzzle, prompt, c.token_ids, completion,
-                  find_steps(tokenizer.convert_ids_to_tokens(c.token_ids), puzzle))
-            for puzzle, group in zip(puzzles, groups) for prompt, c, completion in group]
 
 
 def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
@@ -316,31 +308,46 @@ def reward_stage(config: Config, folder, arm: str, seed: int) -> Stage:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def score_and_rerank(config: Config, folder, seed: int) -> dict:
-    """Trains a scorer for each share of noise; the clean one stays in FOLDER/scorer."""
+def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:
+    """The policy's searches: of train puzzles for the scorer to learn from, and of held-out ones."""
     model, tokenizer = load(config.model)
-    train_puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
-    train = write_traces(model, tokenizer, train_puzzles, config.train_samples, seed)
-    held_out = write_traces(model, tokenizer, held_out_puzzles(config.n, seed), config.samples, seed + 1000)
-    result = {"tokens_a_completion": sum(len(t.token_ids) for t in held_out) / len(held_out),
-              "train_tokens": sum(len(t.token_ids) for t in train), "train_steps": sum(len(t.steps) for t in train)}
-    for noise in NOISES:
-        scorer = train_scorer(config.model, scorer_examples(train, noise, seed), epochs=config.epochs,
-                              learning_rate=config.learning_rate, seed=seed, what=f"scorer, {noise:.0%} of labels flipped")
-        if noise == 0:
-            save_reward_model(scorer, tokenizer, folder / "scorer")
-        scores = score_traces(scorer, held_out)
-        pairs = {kind: [(p, step.label) for t, row in zip(held_out, scores) for step, p in zip(t.steps, row)
-                        if step.kind == kind] for kind in KINDS}
-        result[str(noise)] = {**{kind: reliability(p) for kind, p in pairs.items()},
-                              "rerank": rerank(held_out, scores, config.samples)}
-    return result
+    asked = {"train": (sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed),
+                       config.train_samples, seed),
+             "held-out": (held_out_puzzles(config.n, seed), config.samples, seed + 1000)}
+
+    def write(puzzles, samples, seed, what):
+        groups = sample_groups(model, tokenizer, puzzles, samples, seed, f"{what} traces")
+        return [[completion.token_ids for _, completion, _ in group] for group in groups]
+
+    traces = {}
+    for what, (puzzles, samples, own_seed) in asked.items():
+        rows = piece(folder, f"{what} traces", lambda: write(puzzles, samples, own_seed, what))
+        prompts = tokenizer([make_prompt(puzzle) for puzzle in puzzles], add_special_tokens=False)["input_ids"]
+        traces[what] = [Trace(puzzle, prompt, token_ids, tokenizer.decode(token_ids, skip_special_tokens=True),
+                              find_steps(tokenizer.convert_ids_to_tokens(token_ids), puzzle))
+                        for puzzle, prompt, group in zip(puzzles, prompts, rows) for token_ids in group]
+    return traces
+
+
+def score_and_rerank(config: Config, folder, traces: dict[str, list[Trace]], noise: float, seed: int) -> dict:
+    """Trains a scorer on labels of which a share is flipped, and measures it. The clean one stays in FOLDER/scorer."""
+    train, held_out = traces["train"], traces["held-out"]
+    scorer = train_scorer(config.model, scorer_examples(train, noise, seed), epochs=config.epochs,
+                          learning_rate=config.learning_rate, seed=seed, what=f"scorer, {noise:.0%} of labels flipped")
+    if noise == 0:
+        save_reward_model(scorer, load(config.model)[1], folder / "scorer")
+    scores = score_traces(scorer, held_out)
+    pairs = {kind: [(p, step.label) for t, row in zip(held_out, scores) for step, p in zip(t.steps, row)
+                    if step.kind == kind] for kind in KINDS}
+    return {**{kind: reliability(p) for kind, p in pairs.items()}, "rerank": rerank(held_out, scores, config.samples),
+            "tokens_a_completion": sum(len(t.token_ids) for t in held_out) / len(held_out),
+            "train_tokens": sum(len(t.token_ids) for t in train), "train_steps": sum(len(t.steps) for t in train)}
 
 
 def collect(config: Config) -> dict:
     """The committed JSON."""
     folders = [seed_folder(config, seed) for seed in range(config.seeds)]
-    scored = [piece(folder, "scores") for folder in folders]
+    scored = [{str(noise): piece(folder, f"scorer {noise}") for noise in NOISES} for folder in folders]
     n = config.n * config.seeds  # different puzzles
     scorers = {}
     for noise in map(str, NOISES):
@@ -359,7 +366,7 @@ def collect(config: Config) -> dict:
         reads = 2 if process_weight else 0
         curves = []
         for log, s in zip(logs, scored):  # 2 operations a parameter and token written or read, 6 where it is trained on
-            flops = 2 * s["train_tokens"] + 6 * config.epochs * s["train_tokens"] if reads else 0
+            flops = (2 + 6 * config.epochs) * s["0.0"]["train_tokens"] if reads else 0
             curve = []
             for row in log:
                 flops += row.get("tokens", 0) * (2 + reads + 6 * (1 - row.get("equal_groups", 0)))
@@ -376,8 +383,8 @@ def collect(config: Config) -> dict:
                      "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
     return {"scorers": scorers, "arms": arms,
-            "tokens_a_completion": average([s["tokens_a_completion"] for s in scored]),
-            "train_steps": average([s["train_steps"] for s in scored])}
+            "tokens_a_completion": average([s["0.0"]["tokens_a_completion"] for s in scored]),
+            "train_steps": average([s["0.0"]["train_steps"] for s in scored])}
 
 
 def draw(record: dict, path) -> None:
@@ -401,7 +408,7 @@ def draw(record: dict, path) -> None:
     choice.set_title("one of N completions, at equal tokens: puzzles solved", fontsize=10)
     noise.set_title("last line's score, noisy labels: puzzles solved", fontsize=10)
     for i, (arm, entry) in enumerate(record["arms"].items()):
-        for axis, name in ((score, "prm_score"), (lines, "lines")):
+        for axis, name in ((score, "prm_sum"), (lines, "lines")):
             steps = [row["step"] for row in entry["curves"][0][1:]]
             values = [[curve[k][name] for curve in entry["curves"]] for k in range(1, len(steps) + 1)]
             axis.plot(steps, [sum(v) / len(v) for v in values], color=f"C{i}", label=arm)
@@ -411,7 +418,7 @@ def draw(record: dict, path) -> None:
         values = [[rows[k]["eval_pass@1"] for rows in measured] for k in range(len(x))]
         reached.plot(x, [sum(v) / len(v) for v in values], "o-", color=f"C{i}", markersize=3, label=arm)
         reached.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
-    score.set_title("GRPO: the scorer's mean probability of a line", fontsize=10)
+    score.set_title("GRPO: the scorer's probabilities, summed over a completion's lines", fontsize=10)
     reached.set_title("GRPO: held-out pass@1", fontsize=10)
     lines.set_title("GRPO: lines a completion", fontsize=10)
     share_axis(reached, "compute (TFLOPs), the scorer's training included", log=False)
@@ -454,15 +461,15 @@ def verdict(record: dict) -> str:
     most, half = sizes[-1], sizes[-2]
     best_, majority = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
     arms = record["arms"]
-    alone, both, outcome = arms["PRM alone"], arms["outcome + PRM"], arms["outcome"]
+    alone, both, outcome = arms["PRM alone, paid per line"], arms["outcome + PRM"], arms["outcome"]
     return (
         f"The scorer judges {text(clean['line']['accuracy'])} of held-out lines right at their end and "
         f"{text(clean['ahead']['accuracy'])} at their \":\" (always the more frequent label: "
         f"{text(clean['ahead']['majority_class'])}); best of {half} by the last line's score solves {text(best_)}, "
         f"{compared(best_, majority)} majority voting for the same tokens ({text(majority, False)}), and with 20% of the "
         f"labels flipped {text(noisy['rerank']['PRM, last'][half], False)}. "
-        f"As GRPO's only reward its score goes {alone['first_prm_score']['mean']:.2f} to "
-        f"{alone['last_5_steps']['prm_score']['mean']:.2f} and held-out pass@1 {text(alone['before'], False)} to "
+        f"As GRPO's only reward, paid per line, its score goes {alone['first_step']['prm_sum']['mean']:.2f} to "
+        f"{alone['last_5_steps']['prm_sum']['mean']:.2f} a completion and held-out pass@1 {text(alone['before'], False)} to "
         f"{text(alone['after'])}; beside the outcome reward it ends at {text(both['after'])}, "
         f"{compared(both['after'], outcome['after'])} the outcome reward alone ({text(outcome['after'])}), which costs "
         f"{outcome['tflops']['mean'] / both['tflops']['mean']:.0%} of the compute.")
@@ -472,7 +479,9 @@ def main() -> None:
     config = begin(Config, __doc__, QUICK)
     for seed in seeds_to_run(config):
         folder = seed_folder(config, seed)
-        piece(folder, "scores", lambda: score_and_rerank(config, folder, seed))
+        traces = traces_of(config, folder, seed)
+        for noise in NOISES:
+            piece(folder, f"scorer {noise}", lambda: score_and_rerank(config, folder, traces, noise, seed))
         scorer, tokenizer = load_reward_model(folder / "scorer")
         for arm, (outcome_weight, process_weight, form, _) in ARMS.items():
             process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, form)

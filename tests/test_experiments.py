@@ -232,11 +232,25 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
 
     trees, table = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                what="test")
-    assert all(tree.spent >= 2000 or tree.idle >= mcts.PATIENCE for tree in trees)
+    assert all(tree.spent >= 2000 for tree in trees) and table["stuck"] == 0.0
     assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
     again, table_again = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                      what="test")
     assert table == table_again and [tree.spent for tree in trees] == [tree.spent for tree in again]
+
+
+def test_visits_to_what_is_over_lead_elsewhere_or_the_search_is_stuck():
+    """The finished line has value 0.9, its open sibling 0.1 and half of the prior. Visits that add nothing make the
+    sibling's turn come; where both are over, it never does."""
+    tree = mcts.Search(PUZZLE, [1])
+    done, open_ = (mcts.Node([2], 0.5, tree.root, over=True), mcts.Node([3], 0.5, tree.root))
+    tree.root.children = [done, open_]
+    mcts.back_up(done, 0.9)
+    mcts.back_up(open_, 0.1)
+    assert mcts.select(tree.root, 1.0) is done and tree.next_leaf(1.0) is open_
+    assert done.visits > 1 and done.total == pytest.approx(0.9 * done.visits) and open_.visits == 1
+    open_.over = True
+    assert tree.next_leaf(1.0) is None
 
 
 def test_growth_counts_different_beginnings():
