@@ -232,7 +232,8 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
 
     trees, table = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                what="test")
-    assert all(tree.spent >= 2000 for tree in trees) and table["stuck"] == 0.0
+    assert all(tree.spent >= 2000 or tree.next_leaf(1.0) is None for tree in trees)
+    assert table["stuck"] == sum(tree.spent < 2000 for tree in trees) / 3
     assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
     again, table_again = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                      what="test")
