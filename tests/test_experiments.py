@@ -21,7 +21,9 @@ import corpus  # noqa: E402
 import few_shot  # noqa: E402
 import mcts  # noqa: E402
 import prm  # noqa: E402
+import scorer  # noqa: E402
 import study  # noqa: E402
+import tree  # noqa: E402
 from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve  # noqa: E402
 from evaluate import few_shot_examples, majority_answer, wilson_interval  # noqa: E402
 from sampling import Completion  # noqa: E402
@@ -101,7 +103,7 @@ def test_noise_flips_that_share_of_the_labels(tokenizer):
 
 def test_reliability_by_hand():
     """Bins 0.2 and 0.8: in the first 1 of 2 is true, in the second 2 of 3."""
-    table = prm.reliability([(0.21, 0.0), (0.29, 1.0), (0.81, 1.0), (0.82, 1.0), (0.83, 0.0)])
+    table = scorer.reliability([(0.21, 0.0), (0.29, 1.0), (0.81, 1.0), (0.82, 1.0), (0.83, 0.0)])
     assert table["accuracy"] == 3 / 5 and table["majority_class"] == 3 / 5 and table["n"] == 5
     assert table["calibration_error"] == pytest.approx((2 * (0.5 - 0.25) + 3 * (0.82 - 2 / 3)) / 5)
     assert table["curve"] == [(pytest.approx(0.25), 0.5, 2), (pytest.approx(0.82), pytest.approx(2 / 3), 3)]
@@ -112,18 +114,18 @@ def test_reliability_by_hand():
 
 def test_votes_and_best_count_valid_answers_only():
     values = [None, Fraction(9), Fraction(27), Fraction(27), None]
-    assert prm.vote(values, [1.0] * 5) == 27 and prm.vote(values, [9, 3, 1, 1, 9]) == 9
-    assert prm.best(values, [9, 3, 1, 4, 9]) == 27
-    assert prm.vote([None], [1.0]) is None and prm.best([None], [1.0]) is None
-    assert prm.vote([Fraction(9), Fraction(27)], [1.0, 1.0]) == 9  # the first on a tie
+    assert scorer.vote(values, [1.0] * 5) == 27 and scorer.vote(values, [9, 3, 1, 1, 9]) == 9
+    assert scorer.best(values, [9, 3, 1, 4, 9]) == 27
+    assert scorer.vote([None], [1.0]) is None and scorer.best([None], [1.0]) is None
+    assert scorer.vote([Fraction(9), Fraction(27)], [1.0, 1.0]) == 9  # the first on a tie
 
 
 def test_the_plain_vote_is_the_evaluator_s():
     texts = ["<answer>3+4+5</answer>", "<answer>5+4+3</answer>", "<answer>(4+5)*3</answer>", "nothing", "<answer>27</answer>"]
     for size in range(1, 6):
-        chosen = prm.vote([prm.answer_value(text, PUZZLE) for text in texts[:size]], [1.0] * size)
+        chosen = scorer.vote([scorer.answer_value(text, PUZZLE) for text in texts[:size]], [1.0] * size)
         winner = majority_answer(texts[:size], PUZZLE.numbers)
-        assert chosen == prm.answer_value(f"<answer>{winner}</answer>", PUZZLE)
+        assert chosen == scorer.answer_value(f"<answer>{winner}</answer>", PUZZLE)
 
 
 def test_a_search_in_one_number():
@@ -193,65 +195,65 @@ def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
 def test_selection_weighs_value_prior_and_visits():
     """Q + prior * sqrt(N) / (1 + n), N = 4: a has 0.5 + 0.6 * 2 / 3 = 0.9, b has 0.4 + 0.4 * 2 / 2 = 0.8. With twice
     the exploration: 1.3 against 1.2; after one more visit of a without value, 1/3 + 2 * 0.6 * sqrt(5) / 4 = 1.004."""
-    root = mcts.Node([1], visits=4)
-    a, b = mcts.Node([2], 0.6, root, visits=2, total=1.0), mcts.Node([3], 0.4, root, visits=1, total=0.4)
+    root = tree.Node([1], visits=4)
+    a, b = tree.Node([2], 0.6, root, visits=2, total=1.0), tree.Node([3], 0.4, root, visits=1, total=0.4)
     root.children = [a, b]
-    assert mcts.select(root, 1.0) is a and mcts.select(root, 2.0) is a
-    mcts.back_up(a, 0.0)
+    assert tree.select(root, 1.0) is a and tree.select(root, 2.0) is a
+    tree.back_up(a, 0.0)
     assert (a.visits, a.total, root.visits) == (3, 1.0, 5)
-    assert mcts.select(root, 2.0) is b
+    assert tree.select(root, 2.0) is b
     assert b.path() == [1, 3]
 
 
 def test_a_line_written_twice_is_one_child_and_costs_twice(tokenizer):
-    root = tokenizer(make_prompt(PUZZLE) + mcts.START)["input_ids"]
-    tree = mcts.Search(PUZZLE, root)
+    root = tokenizer(make_prompt(PUZZLE) + tree.START)["input_ids"]
+    own = tree.Search(PUZZLE, root)
     line, end = tokenizer("5-4=1,\n")["input_ids"], [*tokenizer("</think><answer>(4+5)*3</answer>")["input_ids"],
                                                     tokenizer.eos_token_id]
     lines = [Completion(line, [math.log(0.5)] + [0.0] * (len(line) - 1), False)] * 2
     lines += [Completion(end, [math.log(0.25)] + [0.0] * (len(end) - 1), False), Completion([9, 9], [-20.0] * 2, True)]
-    tree.add(tree.root, lines, [0.4, 0.4, 0.9, 0.8], tokenizer, {tokenizer.eos_token_id})
-    assert [child.over for child in tree.root.children] == [False, True, True]
-    assert [child.prior for child in tree.root.children] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-4)
-    assert [child.total for child in tree.root.children] == [0.4, 0.9, 0.0]  # a line that never ends is worth nothing
-    assert tree.spent == 2 * sum(len(line.token_ids) for line in lines) and tree.nodes_by_depth == {1: 3}
-    assert tree.choose() == {"best value": True, "vote": True, "found": True}
-    assert tree.finished[0][3] == mcts.START + "</think><answer>(4+5)*3</answer>"
+    own.add(own.root, lines, [0.4, 0.4, 0.9, 0.8], tokenizer, {tokenizer.eos_token_id})
+    assert [child.over for child in own.root.children] == [False, True, True]
+    assert [child.prior for child in own.root.children] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-4)
+    assert [child.total for child in own.root.children] == [0.4, 0.9, 0.0]  # a line that never ends is worth nothing
+    assert own.spent == 2 * sum(len(line.token_ids) for line in lines) and own.nodes_by_depth == {1: 3}
+    assert own.choose() == {"best value": True, "vote": True, "found": True}
+    assert own.finished[0][3] == tree.START + "</think><answer>(4+5)*3</answer>"
 
 
 def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
     """A random policy: nothing is solved, but the tokens are counted, and a search that can add nothing stops."""
     from model import load
     model, tokenizer = load(base)
-    puzzles = prm.held_out_puzzles(3, 0)
+    puzzles = scorer.held_out_puzzles(3, 0)
     asked = []
 
     def value_of(rows):
         asked.append(sum(map(len, rows)))
         return [0.5] * len(rows)
 
-    trees, table = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
+    trees, table = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                what="test")
-    assert all(tree.spent >= 2000 or tree.next_leaf(1.0) is None for tree in trees)
-    assert table["stuck"] == sum(tree.spent < 2000 for tree in trees) / 3
+    assert all(one.spent >= 2000 or one.next_leaf(1.0) is None for one in trees)
+    assert table["stuck"] == sum(one.spent < 2000 for one in trees) / 3
     assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
-    again, table_again = mcts.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
+    again, table_again = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
                                      what="test")
-    assert table == table_again and [tree.spent for tree in trees] == [tree.spent for tree in again]
+    assert table == table_again and [one.spent for one in trees] == [one.spent for one in again]
 
 
 def test_visits_to_what_is_over_lead_elsewhere_or_the_search_is_stuck():
     """The finished line has value 0.9, its open sibling 0.1 and half of the prior. Visits that add nothing make the
     sibling's turn come; where both are over, it never does."""
-    tree = mcts.Search(PUZZLE, [1])
-    done, open_ = (mcts.Node([2], 0.5, tree.root, over=True), mcts.Node([3], 0.5, tree.root))
-    tree.root.children = [done, open_]
-    mcts.back_up(done, 0.9)
-    mcts.back_up(open_, 0.1)
-    assert mcts.select(tree.root, 1.0) is done and tree.next_leaf(1.0) is open_
+    own = tree.Search(PUZZLE, [1])
+    done, open_ = (tree.Node([2], 0.5, own.root, over=True), tree.Node([3], 0.5, own.root))
+    own.root.children = [done, open_]
+    tree.back_up(done, 0.9)
+    tree.back_up(open_, 0.1)
+    assert tree.select(own.root, 1.0) is done and own.next_leaf(1.0) is open_
     assert done.visits > 1 and done.total == pytest.approx(0.9 * done.visits) and open_.visits == 1
     open_.over = True
-    assert tree.next_leaf(1.0) is None
+    assert own.next_leaf(1.0) is None
 
 
 def test_growth_counts_different_beginnings():
@@ -274,7 +276,7 @@ def test_returns_stand_at_every_end_of_a_line_and_shuffling_moves_them_whole():
 
 
 def test_held_out_puzzles_of_seeds_are_different_ones():
-    sets = [set(prm.held_out_puzzles(50, seed)) for seed in range(3)]
+    sets = [set(scorer.held_out_puzzles(50, seed)) for seed in range(3)]
     assert all(is_held_out(puzzle) for own in sets for puzzle in own)
     assert len(set.union(*sets)) == 150
 

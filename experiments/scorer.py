@@ -1,0 +1,98 @@
+"""What the PRM and the value model of the tree search share: a model that scores prefixes of a completion, how well it
+does so, and how one of N answers is chosen with such scores.
+"""
+
+import random
+from collections import defaultdict
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from batching import micro_batches
+from countdown import Puzzle, sample_puzzles
+from model import load
+from optimizer import MasterAdamW, clip_gradients
+from preference import RewardModel
+from rewards import extract_answer, parse_expression
+
+
+def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
+    """n held-out puzzles; different seeds take different ones, as long as the level has them."""
+    return sample_puzzles((seed + 1) * n, level="laptop", held_out=True, seed=0)[seed * n:]
+
+
+def train_scorer(model: str, examples: list[tuple], *, epochs: int, learning_rate: float, seed: int, what: str):
+    """examples: (token row, positions in it, a label in [0, 1] at each). -> a RewardModel that starts from this language
+    model, whose score at a position is the log-odds of the label there: binary cross-entropy, mean over labels."""
+    scorer = RewardModel(load(model)[0])
+    torch.nn.init.normal_(scorer.score.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    optimizer = MasterAdamW(scorer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    order = [i for epoch in range(epochs) for i in random.Random(f"{seed}, {epoch}").sample(range(len(examples)),
+                                                                                           len(examples))]
+    batches = [order[i:i + 64] for i in range(0, len(order), 64)]
+    for step, batch in enumerate(tqdm(batches, desc=what, mininterval=1.0)):
+        rows, positions, labels = zip(*(examples[i] for i in batch))
+        for group in micro_batches(list(map(len, rows)), 4096):
+            scores = scorer([rows[i] for i in group], [positions[i] for i in group])
+            target = torch.tensor([label for i in group for label in labels[i]])
+            loss = F.binary_cross_entropy_with_logits(scores, target, reduction="sum")
+            (loss / sum(map(len, labels))).backward()
+        clip_gradients(optimizer.gradients(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / 20, 1 - step / len(batches))
+        optimizer.step()
+        scorer.zero_grad()
+    return scorer.eval()
+
+
+@torch.no_grad()
+def score_positions(scorer, rows: list[list[int]], positions: list[list[int]]) -> list[list[float]]:
+    """Probabilities at each row's positions; a row without any costs nothing."""
+    probabilities = [[] for _ in rows]
+    wanted = [i for i, places in enumerate(positions) if places]
+    for group in micro_batches([len(rows[i]) for i in wanted], 8192):
+        group = [wanted[i] for i in group]
+        flat = iter(scorer([rows[i] for i in group], [positions[i] for i in group]).sigmoid().tolist())
+        for i in group:
+            probabilities[i] = [next(flat) for _ in positions[i]]
+    return probabilities
+
+
+def reliability(pairs: list[tuple[float, float]], bins: int = 10) -> dict:
+    """(probability, label) -> accuracy at 1/2, that of always saying what is more frequent, expected calibration error,
+    and for each bin its mean probability, its share of true labels, and its size."""
+    groups = defaultdict(list)
+    for probability, label in pairs:
+        groups[min(bins - 1, int(probability * bins))].append((probability, label))
+    curve = [(sum(p for p, _ in group) / len(group), sum(label for _, label in group) / len(group), len(group))
+             for _, group in sorted(groups.items())]
+    positive = sum(label for _, label in pairs) / len(pairs)
+    return {"n": len(pairs), "accuracy": sum((p > 0.5) == label for p, label in pairs) / len(pairs),
+            "majority_class": max(positive, 1 - positive),
+            "calibration_error": sum(abs(p - share) * size for p, share, size in curve) / len(pairs), "curve": curve}
+
+
+def answer_value(completion: str, puzzle: Puzzle) -> Fraction | None:
+    """The exact value of a valid answer: what votes are counted for."""
+    try:
+        value, used = parse_expression(extract_answer(completion) or "")
+    except ValueError:
+        return None
+    return value if sorted(used) == sorted(puzzle.numbers) else None
+
+
+def vote(values: list, weights: list[float]):
+    """The value with the most weight, the first one on a tie; None where nobody has a valid answer."""
+    totals = {}
+    for value, weight in zip(values, weights):
+        if value is not None:
+            totals[value] = totals.get(value, 0.0) + weight
+    return max(totals, key=totals.get) if totals else None
+
+
+def best(values: list, weights: list[float]):
+    """The value of the answer with the highest weight."""
+    valid = [i for i, value in enumerate(values) if value is not None]
+    return values[max(valid, key=lambda i: weights[i])] if valid else None
