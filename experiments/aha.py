@@ -22,7 +22,7 @@ lines, and for each arm what the base did and what it does after RL.
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, finish, markdown, piece, run_stages, seed_folder, seeds_to_run, share, text
+from study import average, begin, finish, markdown, piece, run, run_stages, seed_folder, seeds_to_run, share, text
 
 import evaluate
 from model import load
@@ -62,6 +62,7 @@ ARMS = {
 }
 QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
+MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
 PANELS = (
     ("accuracy", "accuracy", "eval_pass@1", True),
     ("completion length (tokens)", "completion_tokens", "eval_completion_tokens", False),
@@ -138,8 +139,9 @@ def table(record: dict) -> str:
         return f"{arm['base'][name]['mean']:{form}} -> {arm['rl'][name]['mean']:{form}}"
 
     samples = record["config"]["samples"]
-    columns = ((f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"), ("completion_tokens", ".0f"), ("verifications", ".2f"),
-               ("backtracks", ".2f"), ("reflection_words", ".2f"), ("found", ".1%"), ("right_when_found", ".1%"))
+    columns = ((f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"), ("completion_tokens", ".0f"),
+               ("verifications", ".2f"), ("backtracks", ".2f"), ("reflection_words", ".2f"), ("found", ".1%"),
+               ("right_when_found", ".1%"))
     rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}",
              *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]
     return markdown(["base", "pass@1", *(column.replace("completion_", "").replace("_", " ") for column, _ in columns)],
@@ -148,16 +150,18 @@ def table(record: dict) -> str:
 
 def verdict(record: dict) -> str:
     arms = record["arms"]
-    moves = "; ".join(f"{arm} {arms[arm]['base']['pass@1']['mean']:.1%} to {text(arms[arm]['rl']['pass@1'])}"
-                      for arm in ARMS)
-    missing = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
-    counts = ", ".join(
-        f"{name.replace('_', ' ')} {arms['full']['base'][name]['mean']:.2f} to {arms['full']['rl'][name]['mean']:.2f} "
-        f"a completion on the full base and {arms[arm]['base'][name]['mean']:.2f} to {arms[arm]['rl'][name]['mean']:.2f} "
-        f"on the one that never read them" for arm, name in missing.items())
-    created = [name for arm, name in missing.items() if arms[arm]["rl"][name]["mean"] >= 0.05]
-    words = f"RL created {' and '.join(created)}" if created else "RL created none of these behaviours"
-    return f"pass@1 under the same GRPO: {moves}. {words}: {counts}."
+
+    def moved(arm: str, name: str) -> str:
+        return f"{arms[arm]['base'][name]['mean']:.2f} to {arms[arm]['rl'][name]['mean']:.2f}"
+
+    scores = ", ".join(f"{arm} {text(arms[arm]['base']['pass@1'], False)} to {text(arms[arm]['rl']['pass@1'])}"
+                       for arm in ARMS)
+    created = [name.replace("_", " ") for arm, name in MISSING.items() if arms[arm]["rl"][name]["mean"] >= 0.05]
+    behaviours = "; ".join(f"{name.replace('_', ' ')} {moved('full', name)} on the full base, {moved(arm, name)} on the "
+                           f"one that never read any" for arm, name in MISSING.items())
+    did = f"RL created {' and '.join(created)}" if created else "RL created no behaviour that a base had not read"
+    return (f"The same GRPO gives five bases five endings in pass@1: {scores}. {did}, and moved those that were there; "
+            f"per completion: {behaviours}.")
 
 
 def main() -> None:
@@ -176,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,9 +1,9 @@
-"""Do examples in the prompt help? DeepSeek-R1 (arXiv 2501.12948), section 5: few-shot prompts made R1 consistently worse.
+"""Do examples in the prompt help? DeepSeek-R1 (arXiv 2501.12948), section 5: few-shot prompts make R1 worse.
 
 models/tiny-student never saw two documents in one context, so a second one throws it out of its world: 0% with any
-example. So it reads on for this study, mostly pages: 1 to 8 searches by one writer, careful or
-careless, before the one that it learns from (corpus.py --pages). That is a base that takes few-shot prompts. From it come
-R1-Zero and R1, by the stages of r1.py, whose prompts never hold an example. Then evaluate.py with 0, 1, 2, 4 and 8.
+example. So it reads on for this study, mostly pages: 1 to 8 searches by one writer, careful or careless, before the one
+that it learns from (corpus.py --pages). From it come R1-Zero and R1, by the stages of r1.py, whose prompts never hold an
+example. Then evaluate.py with 0, 1, 2, 4 and 8.
 
     python experiments/few_shot.py             # 3 seeds; 2 cores: see minutes in experiments/results/few_shot.json
     python experiments/few_shot.py --seed 0    # one seed, a terminal each; then without --seed for the picture
@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, compared, finish, markdown, run_stages, seed_folder, seeds_to_run, share, text
+from study import average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run, share, text
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
@@ -86,8 +86,8 @@ def collect(config: Config) -> dict:
         tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
         rows[name][shots] = {"pass@1": share([table["pass@1"] for table in tables], config.n),
                              **{column: average([table[column] for table in tables]) for column in
-                                ("format", "language", "wrong_numbers", "completion_tokens", "truncated", "verifications",
-                                 "backtracks")}}
+                                ("format", "language", "wrong_numbers", "completion_tokens", "truncated",
+                                 "verifications", "backtracks")}}
     return {"models": rows}
 
 
@@ -129,20 +129,16 @@ def table(record: dict) -> str:
 
 
 def verdict(record: dict) -> str:
-    rows = record["models"]
-    most = str(SHOTS[-1])
-
-    def line(name: str) -> str:
-        zero, best_ = rows[name]["0"]["pass@1"], rows[name][most]["pass@1"]
-        return (f"{MODELS[name]} solves {text(zero)} without examples and {text(best_)} with {most}, "
-                f"{compared(best_, zero)} without")
-
-    base = rows["base"]
-    return (f"{line('base')}; {line('zero')}; {line('rl-all')}. "
-            f"What {most} examples teach the base is their looks, English goes {text(base['0']['language'])} to "
-            f"{text(base[most]['language'])}, and what they confuse is the numbers, wrong in "
-            f"{text(base['0']['wrong_numbers'])} and {text(base[most]['wrong_numbers'])} of its answers; a base that never read two documents in one context is at {text(rows['without pages']['0']['pass@1'])} "
-            f"without an example and at {text(rows['without pages']['1']['pass@1'])} with one.")
+    rows, most = record["models"], str(SHOTS[-1])
+    effect = {"better than": "help", "worse than": "hurt", "no different from": "make no difference to"}
+    changes = {name: (rows[name]["0"]["pass@1"], rows[name][most]["pass@1"]) for name in ("base", "zero", "rl-all")}
+    moves = ", ".join(f"{effect[compared(after, before)]} {MODELS[name]} ({text(before)} to {text(after)})"
+                      for name, (before, after) in changes.items())
+    zero, with_examples = rows["base"]["0"], rows["base"][most]
+    return (f"{most} examples {moves}. The base does copy their looks, its words are English in {text(zero['language'])} "
+            f"and {text(with_examples['language'])}, but it mixes up the puzzles, {text(zero['wrong_numbers'])} and "
+            f"{text(with_examples['wrong_numbers'])} of its answers use other numbers; and a base that never read two "
+            f"documents in one context falls to {text(rows['without pages']['1']['pass@1'], False)} with a single example.")
 
 
 def main() -> None:
@@ -156,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,8 +25,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages, sample_groups, seed_folder,
-                   seeds_to_run, share, share_axis, text)
+from study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages, sample_groups,
+                   seed_folder, seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
@@ -67,7 +67,7 @@ QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=
 WIDTHS = (2, 4, 8, 16)
 
 
-# ------------------------------------------------------------------------------------------------------- plain sampling
+# ------------------------------------------------------------------------------------------------------ plain sampling
 
 
 def value_examples(groups, puzzles: list[Puzzle], newline: int, shuffled: random.Random | None = None) -> list[tuple]:
@@ -126,7 +126,7 @@ def growth(groups, newline: int, lines: int = 8, tokens: int = 60) -> dict:
             "tokens": count(lambda row, depth: depth if depth <= len(row) else 0, range(1, tokens + 1))}
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def train_values(config: Config, folder: Path, seed: int) -> dict:
@@ -136,12 +136,13 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
     rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, seed, "rollouts", START)
     test_puzzles = held_out_puzzles(config.n, seed)
-    test = value_examples(sample_groups(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts", START), test_puzzles,
-                          newline)
+    test_rollouts = sample_groups(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts", START)
+    test = value_examples(test_rollouts, test_puzzles, newline)
     result = {}
     for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
         examples = value_examples(rollouts, puzzles, newline, shuffled)
-        value_model = train_scorer(config.model, examples, epochs=config.epochs, learning_rate=1e-3, seed=seed, what=name)
+        value_model = train_scorer(config.model, examples, epochs=config.epochs, learning_rate=1e-3, seed=seed,
+                                   what=name)
         save_reward_model(value_model, tokenizer, folder / name)
         scores = score_positions(value_model, [row for row, _, _ in test], [ends for _, ends, _ in test])
         pairs = [(p, label) for own, (_, _, labels) in zip(scores, test) for p, label in zip(own, labels)]
@@ -170,17 +171,20 @@ def compare(config: Config, folder: Path, seed: int) -> None:
     tokens = piece(folder, "plain", sample_plainly)["tokens"]
     sizes = [2 ** i for i in range(config.samples.bit_length()) if 2 ** i <= config.samples]
 
-    def measure(value_of, width: int, most: int, what: str):
-        trees, table = search(model, tokenizer, value_of, puzzles, width=width, explore=config.explore, seed=seed, what=what,
-                              budgets=[size * tokens for size in sizes if size <= most])
-        return by_completions(table, tokens) | {"nodes_by_depth": [
-            sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees) for depth in range(1, MAX_DEPTH + 1)]}
+    def measure(name: str, value_of, width: int, most: int):
+        def table():
+            trees, table = search(model, tokenizer, value_of, puzzles, width=width, explore=config.explore, seed=seed,
+                                  what=name, budgets=[size * tokens for size in sizes if size <= most])
+            return by_completions(table, tokens) | {"nodes_by_depth": [
+                sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees)
+                for depth in range(1, MAX_DEPTH + 1)]}
+        piece(folder, name, table)
 
-    piece(folder, "mcts", lambda: measure(trained, config.width, config.samples, "MCTS"))
+    measure("mcts", trained, config.width, config.samples)
     for width in WIDTHS:
-        piece(folder, f"width {width}", lambda: measure(trained, width, config.ablation_budget, f"width {width}"))
-    for name, value_of in (("shuffled", lambda rows: last_scores(shuffled, rows)), ("none", lambda rows: [0.5] * len(rows))):
-        piece(folder, f"values {name}", lambda: measure(value_of, config.width, config.ablation_budget, f"values: {name}"))
+        measure(f"width {width}", trained, width, config.ablation_budget)
+    measure("values shuffled", lambda rows: last_scores(shuffled, rows), config.width, config.ablation_budget)
+    measure("values none", lambda rows: [0.5] * len(rows), config.width, config.ablation_budget)
 
 
 def by_completions(table: dict, tokens: float) -> dict:
@@ -255,7 +259,8 @@ def collect(config: Config) -> dict:
                                     for part in values[0][name]} for name in values[0]},
             "growth": {level: {column: means([run["growth"][level][column] for run in plain_])
                                for column in ("depth", "different", "completions")} for level in ("lines", "tokens")},
-            "nodes_by_depth": means([piece(folder, "mcts")["nodes_by_depth"] for folder in folders]), "training": trained}
+            "nodes_by_depth": means([piece(folder, "mcts")["nodes_by_depth"] for folder in folders]),
+            "training": trained}
 
 
 def draw(record: dict, path) -> None:
@@ -321,27 +326,22 @@ def table(record: dict) -> str:
 
 
 def verdict(record: dict) -> str:
-    plain_, mcts, training = record["plain"], record["mcts"], record["training"]
-    sizes = list(plain_["majority"])
+    voted, searched, training = record["plain"]["majority"], record["mcts"]["best value"], record["training"]
+    sizes = list(voted)
     few, many = sizes[min(4, len(sizes) - 1)], sizes[-1]
-
-    def at(size: str) -> str:
-        ours, theirs, other = mcts["best value"][size], plain_["majority"][size], plain_["best of N"][str(int(size) // 2)]
-        return (f"at the tokens of {size} completions MCTS solves {text(ours)}, {compared(ours, theirs)} majority voting "
-                f"({text(theirs, False)}) and {compared(ours, other)} best of {int(size) // 2} by the same value model "
-                f"({text(other, False)})")
-
-    widths = record["widths"]
-    narrow, wide = list(widths)[0], list(widths)[-1]
-    last = list(widths[narrow]["found"])[-1]
-    usual = widths[str(record["config"]["width"])]
-    return (f"{at(few)}; {at(many)}. "
-            f"With at most {narrow} lines a node the solution is in the tree of {text(widths[narrow]['found'][last], False)} "
-            f"of the puzzles, with {wide} of {text(widths[wide]['found'][last], False)}; shuffled returns as a value model "
-            f"give {text(record['values']['shuffled']['best value'][last], False)} instead of "
-            f"{text(usual['best value'][last], False)}, and a round of SFT on what the search solved "
-            f"{text(training['mcts']['pass@1'])}, {compared(training['mcts']['pass@1'], training['plain']['pass@1'])} on as "
-            f"many tokens of plain sampling ({text(training['plain']['pass@1'], False)}).")
+    widths, values = record["widths"], record["value_models"]["value"]["before the answer"]
+    narrow, last = min(widths, key=int), list(voted)[len(widths[min(widths)]["found"]) - 1]
+    usual = widths[str(record["config"]["width"])]["best value"][last]
+    sampled, solved = training["plain"]["pass@1"], training["mcts"]["pass@1"]
+    return (
+        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(searched[few], voted[few])} the "
+        f"majority of plain samples ({text(voted[few])}), with those of {many} {text(searched[many])}, "
+        f"{compared(searched[many], voted[many])} {text(voted[many])}. The paper's reasons show: at most {narrow} lines a "
+        f"node keep {1 - widths[narrow]['found'][last]['mean']:.1%} of the solutions out of the tree for good, the value "
+        f"model is right about {text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
+        f"{text(values['majority_class'])}), with shuffled returns {text(record['values']['shuffled']['best value'][last])} "
+        f"are solved instead of {text(usual)}, and SFT on what the search solved gives {text(solved)}, "
+        f"{compared(solved, sampled)} on plain samples for the same tokens ({text(sampled)}).")
 
 
 def main() -> None:
@@ -357,4 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,7 @@ the second reason is gone, and the other two can be measured:
                policy writes, so it pays twice for a completion
     noise      the same with 10% and 20% of the training labels flipped
     reward     GRPO with the scores as rewards of single lines: normalised as in DeepSeekMath, section 4.1.3, beside the
-               outcome reward and alone; and simply paid, line by line, beside it and alone, then for longer
+               outcome reward and alone; and simply paid, line by line, beside it and alone
 
     python experiments/prm.py                  # 3 seeds; 2 cores: see minutes in experiments/results/prm.json
     python experiments/prm.py --seed 0         # one seed, a terminal each; then without --seed for the picture
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages, sample_groups, seed_folder,
-                   seeds_to_run, share, share_axis, text)
+from study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages, sample_groups,
+                   seed_folder, seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
 import torch
@@ -66,17 +66,17 @@ class Config:
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
-ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how lines are rewarded, steps in --steps)
-    "outcome": (1, 0, "normalised", 1),
-    "outcome + PRM": (1, 1, "normalised", 1),
-    "PRM alone": (0, 1, "normalised", 1),
-    "outcome + PRM, paid per line": (1, 1, "paid", 1),
-    "PRM alone, paid per line": (0, 1, "paid", 3),
+ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how lines are rewarded)
+    "outcome": (1, 0, "normalised"),
+    "outcome + PRM": (1, 1, "normalised"),
+    "PRM alone": (0, 1, "normalised"),
+    "outcome + PRM, paid per line": (1, 1, "paid"),
+    "PRM alone, paid per line": (0, 1, "paid"),
 }
 HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
+# --------------------------------------------------------------------------------------------------------------- steps
 
 
 class Step(NamedTuple):
@@ -130,7 +130,7 @@ class Trace(NamedTuple):
     steps: list[Step]
 
 
-# --------------------------------------------------------------------------------------------------------------- scorer
+# -------------------------------------------------------------------------------------------------------------- scorer
 
 
 def score_traces(scorer, traces: list[Trace]) -> list[list[float]]:
@@ -146,14 +146,15 @@ def scorer_examples(traces: list[Trace], noise: float, seed: int) -> list[tuple]
              [abs(step.label - (rng.random() < noise)) for step in t.steps]) for t in traces if t.steps]
 
 
-# --------------------------------------------------------------------------------------------------------------- rerank
+# -------------------------------------------------------------------------------------------------------------- rerank
 
 
 def weigh(steps: list[Step], scores: list[float]) -> dict[str, float]:
     """One number for a whole search, in each way that one could mean it. A search without a line counts 0."""
     lines = [score for step, score in zip(steps, scores) if step.kind == "line"] or [0.0]
     answer = [score for step, score in zip(steps, scores) if step.kind == "answer"]
-    return {"mean": sum(lines) / len(lines), "min": min(lines), "last": lines[-1], "answer": answer[-1] if answer else 0.0}
+    return {"mean": sum(lines) / len(lines), "min": min(lines), "last": lines[-1],
+            "answer": answer[-1] if answer else 0.0}
 
 
 def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict[str, dict[int, float]]:
@@ -183,7 +184,7 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
     return ways
 
 
-# --------------------------------------------------------------------------------------------------------------- reward
+# -------------------------------------------------------------------------------------------------------------- reward
 
 
 def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: float, form: str):
@@ -216,13 +217,13 @@ def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: floa
 
 
 def reward_stage(config: Config, folder, arm: str, seed: int) -> Stage:
-    name, steps = "rl-" + re.sub(r"[^a-zA-Z]+", "-", arm), config.steps * ARMS[arm][-1]
+    name = "rl-" + re.sub(r"[^a-zA-Z]+", "-", arm)
     return Stage(name, "train_countdown", (
-        "--model", config.model, "--steps", steps, "--batch-size", config.batch_size, "--eval-every",
+        "--model", config.model, "--steps", config.steps, "--batch-size", config.batch_size, "--eval-every",
         max(1, config.steps // 8), "--eval-n", config.eval_n, "--seed", seed), folder / name)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:
@@ -277,7 +278,7 @@ def collect(config: Config) -> dict:
                                     for way in scored[0][noise]["rerank"]}
     parameters = sum(p.numel() for p in load(config.model)[0].parameters())
     arms = {}
-    for arm, (_, process_weight, _, _) in ARMS.items():
+    for arm, (_, process_weight, _) in ARMS.items():
         logs = [read_jsonl(reward_stage(config, folder, arm, seed).out / "metrics.jsonl")
                 for seed, folder in enumerate(folders)]
         reads = 2 if process_weight else 0
@@ -366,30 +367,30 @@ def table(record: dict) -> str:
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
                      text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
-                     f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]), f"{entry['tflops']['mean']:.2f}"])
-    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "its sum", "lines that reach the target",
-                       "lines", "tokens", "truncated", "TFLOPs"], rows)
+                     f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]),
+                     f"{entry['tflops']['mean']:.2f}"])
+    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "its sum",
+                       "lines that reach the target", "lines", "tokens", "truncated", "TFLOPs"], rows)
     return f"{scorer}\n\n{choice}\n\n{reward}"
 
 
 def verdict(record: dict) -> str:
-    clean, noisy = record["scorers"]["0.0"], record["scorers"]["0.2"]
-    sizes = list(clean["rerank"]["majority"])
-    most, half = sizes[-1], sizes[-2]
-    best_, majority = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
-    arms = record["arms"]
+    clean, arms = record["scorers"]["0.0"], record["arms"]
+    half, most = list(clean["rerank"]["majority"])[-2:]
+    chosen, voted = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
+    judge = {"worse than": "loses to voting", "no different from": "adds nothing to voting", "better than": "beats voting"}
     alone, both, outcome = arms["PRM alone, paid per line"], arms["outcome + PRM"], arms["outcome"]
+    before, after = alone["first_step"]["prm_sum"]["mean"], alone["last_5_steps"]["prm_sum"]["mean"]
+    hacked = after > before and alone["after"]["high"] < alone["before"]["low"]
+    use = {"worse than": "harmful", "no different from": "useless", "better than": "useful"}[
+        compared(both["after"], outcome["after"])]
     return (
-        f"The scorer judges {text(clean['line']['accuracy'])} of held-out lines right at their end and "
-        f"{text(clean['ahead']['accuracy'])} at their \":\" (always the more frequent label: "
-        f"{text(clean['ahead']['majority_class'])}); best of {half} by the last line's score solves {text(best_)}, "
-        f"{compared(best_, majority)} majority voting for the same tokens ({text(majority, False)}), and with 20% of the "
-        f"labels flipped {text(noisy['rerank']['PRM, last'][half], False)}. "
-        f"As GRPO's only reward, paid per line, its score goes {alone['first_step']['prm_sum']['mean']:.2f} to "
-        f"{alone['last_5_steps']['prm_sum']['mean']:.2f} a completion and held-out pass@1 {text(alone['before'], False)} to "
-        f"{text(alone['after'])}; beside the outcome reward it ends at {text(both['after'])}, "
-        f"{compared(both['after'], outcome['after'])} the outcome reward alone ({text(outcome['after'])}), which costs "
-        f"{outcome['tflops']['mean'] / both['tflops']['mean']:.0%} of the compute.")
+        f"As a judge it {judge[compared(chosen, voted)]}: right about {text(clean['line']['accuracy'])} of held-out lines, "
+        f"with the best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
+        f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
+        f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes {text(alone['before'])} to "
+        f"{text(alone['after'])}, and {use} beside the outcome reward: {text(both['after'])} against "
+        f"{text(outcome['after'])} without it for {outcome['tflops']['mean'] / both['tflops']['mean']:.0%} of the compute.")
 
 
 def main() -> None:
@@ -400,7 +401,7 @@ def main() -> None:
         for noise in NOISES:
             piece(folder, f"scorer {noise}", lambda: score_and_rerank(config, folder, traces, noise, seed))
         scorer, tokenizer = load_reward_model(folder / "scorer")
-        for arm, (outcome_weight, process_weight, form, _) in ARMS.items():
+        for arm, (outcome_weight, process_weight, form) in ARMS.items():
             process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, form)
             run_stages(folder, [reward_stage(config, folder, arm, seed)], "python experiments/prm.py", process=process)
     if config.seed < 0:
@@ -408,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

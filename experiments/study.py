@@ -35,6 +35,15 @@ from stages import Stage, fingerprint, run_stage  # noqa: E402
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
 
 
+def run(main) -> None:
+    """main(), and one line instead of a traceback after Ctrl-C."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is not done yet", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def begin(config_class, doc: str, quick: dict):
     """Flags -> config, with the values of quick under --quick. Ends in one line where OUT holds other settings."""
     config = parse_config(config_class, doc)
@@ -145,7 +154,8 @@ def compared(a: dict, b: dict) -> str:
 def draw_shares(axis, entries: dict, cost: float, colour: str, label: str, style: str = "-") -> None:
     """Shares by number of completions, each as many tokens as `cost` of them, with their intervals."""
     x = [cost * int(size) for size in entries]
-    axis.plot(x, [entry["mean"] for entry in entries.values()], style, marker="o", markersize=3, color=colour, label=label)
+    mean = [entry["mean"] for entry in entries.values()]
+    axis.plot(x, mean, style, marker="o", markersize=3, color=colour, label=label)
     axis.fill_between(x, [entry["low"] for entry in entries.values()], [entry["high"] for entry in entries.values()],
                       color=colour, alpha=0.1)
 

@@ -1,5 +1,5 @@
-"""The four studies: their parts by hand, each of them from end to end in small, and the README's words and numbers, which
-are those of the committed results."""
+"""The four studies: their parts by hand, each of them from end to end in small, and the README's words and numbers,
+which are those of the committed results."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ def tokenizer():
     return corpus.build_tokenizer()
 
 
-# ------------------------------------------------------------------------------------------------- the PRM: labels, steps
+# ---------------------------------------------------------------------------------------------- the PRM: labels, steps
 
 
 @pytest.mark.parametrize("header, reaches, why", (
@@ -97,7 +97,8 @@ def test_noise_flips_that_share_of_the_labels(tokenizer):
     traces = [prm.Trace(PUZZLE, [5, 6], ids, TRACE, steps)] * 1000
     clean = prm.scorer_examples(traces, 0.0, seed=0)
     assert clean[0] == ([5, 6] + ids, [2 + step.index for step in steps], [step.label for step in steps])
-    flipped = [abs(a - b) for (_, _, a), (_, _, b) in zip(clean, prm.scorer_examples(traces, 0.2, 0)) for a, b in zip(a, b)]
+    noisy = prm.scorer_examples(traces, 0.2, seed=0)
+    flipped = [abs(a - b) for (_, _, a), (_, _, b) in zip(clean, noisy) for a, b in zip(a, b)]
     assert sum(flipped) / len(flipped) == pytest.approx(0.2, abs=0.02)
 
 
@@ -109,7 +110,7 @@ def test_reliability_by_hand():
     assert table["curve"] == [(pytest.approx(0.25), 0.5, 2), (pytest.approx(0.82), pytest.approx(2 / 3), 3)]
 
 
-# --------------------------------------------------------------------------------------------- choosing one of N answers
+# ------------------------------------------------------------------------------------------- choosing one of N answers
 
 
 def test_votes_and_best_count_valid_answers_only():
@@ -121,7 +122,7 @@ def test_votes_and_best_count_valid_answers_only():
 
 
 def test_the_plain_vote_is_the_evaluator_s():
-    texts = ["<answer>3+4+5</answer>", "<answer>5+4+3</answer>", "<answer>(4+5)*3</answer>", "nothing", "<answer>27</answer>"]
+    texts = [*(f"<answer>{answer}</answer>" for answer in ("3+4+5", "5+4+3", "(4+5)*3", "27")), "nothing"]
     for size in range(1, 6):
         chosen = scorer.vote([scorer.answer_value(text, PUZZLE) for text in texts[:size]], [1.0] * size)
         winner = majority_answer(texts[:size], PUZZLE.numbers)
@@ -147,7 +148,7 @@ def test_rerank_by_hand():
     assert dict(ways["pass@N"]) == {1: 0.5, 2: pytest.approx(5 / 6), 4: 1.0}
 
 
-# --------------------------------------------------------------------------------------------------- rewards of single lines
+# --------------------------------------------------------------------------------------------- rewards of single lines
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
     assert not any(map(any, rows)) and log["lines_that_reach"] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tree
+# ------------------------------------------------------------------------------------------------------------ the tree
 
 
 def test_selection_weighs_value_prior_and_visits():
@@ -237,8 +238,8 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
     assert all(one.spent >= 2000 or one.next_leaf(1.0) is None for one in trees)
     assert table["stuck"] == sum(one.spent < 2000 for one in trees) / 3
     assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
-    again, table_again = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0, seed=0,
-                                     what="test")
+    again, table_again = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0,
+                                     seed=0, what="test")
     assert table == table_again and [one.spent for one in trees] == [one.spent for one in again]
 
 
@@ -281,7 +282,7 @@ def test_held_out_puzzles_of_seeds_are_different_ones():
     assert len(set.union(*sets)) == 150
 
 
-# ------------------------------------------------------------------------------------------------------- pages and examples
+# -------------------------------------------------------------------------------------------------- pages and examples
 
 
 def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
@@ -292,8 +293,8 @@ def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
                 if d["prompt"].count("using") == 9)
     assert prompt.count("\n\nusing") == page.count("\n\nusing") == 8
     assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"]
-    longest = max(len(ids) for ids in tokenizer([make_prompt(PUZZLE, examples=few_shot_examples(8, "tiny", "laptop", seed))
-                                                 for seed in range(50)])["input_ids"])
+    prompts = [make_prompt(PUZZLE, examples=few_shot_examples(8, "tiny", "laptop", seed)) for seed in range(50)]
+    longest = max(map(len, tokenizer(prompts)["input_ids"]))
     assert longest + 512 <= few_shot.Config().context
 
 
@@ -304,7 +305,7 @@ def test_arms_of_the_aha_study_differ_in_one_switch():
         assert commands[1][2:] == aha.base_stages(aha.Config(), "full")[1].arguments[2:]
 
 
-# ----------------------------------------------------------------------------------------------- studies: order and results
+# ------------------------------------------------------------------------------------------ studies: order and results
 
 
 def test_a_piece_is_computed_once(tmp_path):
@@ -322,7 +323,8 @@ def test_a_share_has_the_interval_of_one_seed():
     assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and study.text(entry) == "50.0% (40.4% to 59.6%)"
 
 
-@pytest.mark.parametrize("a, b, words", ((0.9, 0.5, "better than"), (0.5, 0.9, "worse than"), (0.5, 0.55, "no different from")))
+@pytest.mark.parametrize("a, b, words", (
+    (0.9, 0.5, "better than"), (0.5, 0.9, "worse than"), (0.5, 0.55, "no different from")))
 def test_shares_differ_where_their_intervals_part(a, b, words):
     assert study.compared(study.share([a], 100), study.share([b], 100)) == words
 
