@@ -123,22 +123,26 @@ def table(record: dict) -> str:
     for name, label in MODELS.items():
         entries = record["models"][name]
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
-                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens" if str(shots) in entries
-                               else "" for shots in SHOTS])
+                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, other numbers "
+                               f"{text(entries[str(shots)]['wrong_numbers'])}" if str(shots) in entries else ""
+                               for shots in SHOTS])
     return markdown(["pass@1 with", *(f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS)], rows)
 
 
 def verdict(record: dict) -> str:
     rows, most = record["models"], str(SHOTS[-1])
-    effect = {"better than": "help", "worse than": "hurt", "no different from": "make no difference to"}
-    changes = {name: (rows[name]["0"]["pass@1"], rows[name][most]["pass@1"]) for name in ("base", "zero", "rl-all")}
-    moves = ", ".join(f"{effect[compared(after, before)]} {MODELS[name]} ({text(before)} to {text(after)})"
-                      for name, (before, after) in changes.items())
-    zero, with_examples = rows["base"]["0"], rows["base"][most]
-    return (f"{most} examples {moves}. The base does copy their looks, its words are English in {text(zero['language'])} "
-            f"and {text(with_examples['language'])}, but it mixes up the puzzles, {text(zero['wrong_numbers'])} and "
-            f"{text(with_examples['wrong_numbers'])} of its answers use other numbers; and a base that never read two "
-            f"documents in one context falls to {text(rows['without pages']['1']['pass@1'], False)} with a single example.")
+
+    def line(name: str) -> str:
+        zero, one, many = (rows[name][shots]["pass@1"] for shots in ("0", "1", most))
+        return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one)} with one "
+                f"({compared(one, zero)} without) and {text(many)} with {most} ({compared(many, zero)})")
+
+    zero, many = rows["base"]["0"], rows["base"][most]
+    wrong = {name: [text(rows[name][shots]["wrong_numbers"]) for shots in ("0", most)] for name in ("base", "zero")}
+    return (f"{line('base')}; {line('zero')}; {line('rl-all')}. The base copies what examples look like, its words are "
+            f"English in {text(zero['language'])} and {text(many['language'])}, but it mixes up their puzzles with its "
+            f"own: {' and '.join(wrong['base'])} of its answers use other numbers, of R1-Zero's "
+            f"{' and '.join(wrong['zero'])}.")
 
 
 def main() -> None:

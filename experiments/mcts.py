@@ -269,8 +269,8 @@ def draw(record: dict, path) -> None:
     plain_, mcts = record["plain"], record["mcts"]
     for i, (label, entries, cost, style) in enumerate((
             ("majority of N", plain_["majority"], 1, "-"), ("best of N by value", plain_["best of N"], 2, "-"),
-            ("vote weighted by value", plain_["weighted vote"], 2, "-"), ("MCTS, best value", mcts["best value"], 1, "-"),
-            ("MCTS, vote", mcts["vote"], 1, "-"), ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
+            ("vote weighted by value", plain_["weighted vote"], 2, "-"),
+            ("MCTS, best value", mcts["best value"], 1, "-"), ("MCTS, vote", mcts["vote"], 1, "-"), ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
             ("MCTS: in the tree", mcts["found"], 1, ":"))):
         draw_shares(compare_axis, entries, cost, f"C{i}", label, style)
     compare_axis.set_title("puzzles solved at equal tokens", fontsize=10)
@@ -333,15 +333,16 @@ def verdict(record: dict) -> str:
     narrow, last = min(widths, key=int), list(voted)[len(widths[min(widths)]["found"]) - 1]
     usual = widths[str(record["config"]["width"])]["best value"][last]
     sampled, solved = training["plain"]["pass@1"], training["mcts"]["pass@1"]
+    shuffled, kept_out = record["values"]["shuffled"]["best value"][last], 1 - widths[narrow]["found"][last]["mean"]
     return (
-        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(searched[few], voted[few])} the "
-        f"majority of plain samples ({text(voted[few])}), with those of {many} {text(searched[many])}, "
-        f"{compared(searched[many], voted[many])} {text(voted[many])}. The paper's reasons show: at most {narrow} lines a "
-        f"node keep {1 - widths[narrow]['found'][last]['mean']:.1%} of the solutions out of the tree for good, the value "
-        f"model is right about {text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
-        f"{text(values['majority_class'])}), with shuffled returns {text(record['values']['shuffled']['best value'][last])} "
-        f"are solved instead of {text(usual)}, and SFT on what the search solved gives {text(solved)}, "
-        f"{compared(solved, sampled)} on plain samples for the same tokens ({text(sampled)}).")
+        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(searched[few], voted[few])} "
+        f"the majority of plain samples ({text(voted[few])}), with those of {many} {text(searched[many])}, "
+        f"{compared(searched[many], voted[many])} {text(voted[many])}. The paper's reasons show: at most {narrow} lines "
+        f"a node keep {kept_out:.1%} of the solutions out of the tree for good, the value model is right about "
+        f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
+        f"{text(values['majority_class'])}), with shuffled returns {text(shuffled)} are solved instead of {text(usual)}, "
+        f"and SFT on what the search solved gives {text(solved)}, {compared(solved, sampled)} on plain samples for the "
+        f"same tokens ({text(sampled)}).")
 
 
 def main() -> None:

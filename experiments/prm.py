@@ -378,19 +378,21 @@ def verdict(record: dict) -> str:
     clean, arms = record["scorers"]["0.0"], record["arms"]
     half, most = list(clean["rerank"]["majority"])[-2:]
     chosen, voted = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
-    judge = {"worse than": "loses to voting", "no different from": "adds nothing to voting", "better than": "beats voting"}
+    judge = {"worse than": "loses to voting", "no different from": "adds nothing to voting",
+             "better than": "beats voting"}[compared(chosen, voted)]
     alone, both, outcome = arms["PRM alone, paid per line"], arms["outcome + PRM"], arms["outcome"]
     before, after = alone["first_step"]["prm_sum"]["mean"], alone["last_5_steps"]["prm_sum"]["mean"]
     hacked = after > before and alone["after"]["high"] < alone["before"]["low"]
     use = {"worse than": "harmful", "no different from": "useless", "better than": "useful"}[
         compared(both["after"], outcome["after"])]
+    saved = outcome["tflops"]["mean"] / both["tflops"]["mean"]
     return (
-        f"As a judge it {judge[compared(chosen, voted)]}: right about {text(clean['line']['accuracy'])} of held-out lines, "
-        f"with the best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
+        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of held-out lines, with the best of {half} "
+        f"it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
         f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
         f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes {text(alone['before'])} to "
         f"{text(alone['after'])}, and {use} beside the outcome reward: {text(both['after'])} against "
-        f"{text(outcome['after'])} without it for {outcome['tflops']['mean'] / both['tflops']['mean']:.0%} of the compute.")
+        f"{text(outcome['after'])} without it for {saved:.0%} of the compute.")
 
 
 def main() -> None:
