@@ -270,7 +270,8 @@ def draw(record: dict, path) -> None:
     for i, (label, entries, cost, style) in enumerate((
             ("majority of N", plain_["majority"], 1, "-"), ("best of N by value", plain_["best of N"], 2, "-"),
             ("vote weighted by value", plain_["weighted vote"], 2, "-"),
-            ("MCTS, best value", mcts["best value"], 1, "-"), ("MCTS, vote", mcts["vote"], 1, "-"), ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
+            ("MCTS, best value", mcts["best value"], 1, "-"), ("MCTS, vote", mcts["vote"], 1, "-"),
+            ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
             ("MCTS: in the tree", mcts["found"], 1, ":"))):
         draw_shares(compare_axis, entries, cost, f"C{i}", label, style)
     compare_axis.set_title("puzzles solved at equal tokens", fontsize=10)

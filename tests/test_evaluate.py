@@ -128,7 +128,7 @@ def test_describe_takes_means_over_completions():
     texts = ["<think>\n4+5=9,9 3:9*3=27?27 yes\n</think>\n<answer>(4+5)*3</answer>",
              "<think>\n5-4=1,?27 no wait,\n4-3=1, wait, nein\n5+4=9"]
     row = describe(texts, [Completion([1] * 5, [], truncated=False), Completion([1] * 9, [], truncated=True)])
-    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "backtracks": 1.0,
+    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "verifications": 1.0, "backtracks": 1.0,
                    "reflection_words": 1.0, "language": (1 + 3 / 4) / 2, "mixed": 0.5}
 
 
@@ -166,6 +166,7 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     table, records = evaluate.evaluate(None, None, Config(n=3, samples=4))
     assert calls[0][0] == [make_prompt(puzzle) for puzzle in puzzles for _ in range(4)] and len(records) == 12
     assert [table[name] for name in ("pass@1", "pass@4", "maj@4")] == pytest.approx([1.25 / 3, 2 / 3, 1 / 3])
+    assert table["wrong_numbers"] == 3 / 12  # the answers "0"; 1+2+3 uses the right ones
 
 
 def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler):
