@@ -323,7 +323,24 @@ def table(record: dict) -> str:
             ("MCTS, vote", mcts["vote"], 1), ("in the tree of MCTS", mcts["found"], 1), ("pass@N", plain_["pass@N"], 1)]
     rows = [[label] + [text(entries[str(int(size) // cost)]) if str(int(size) // cost) in entries else ""
                        for size in sizes] for label, entries, cost in ways]
-    return markdown(["solved with the tokens of N completions", *(f"N = {size}" for size in sizes)], rows)
+    solved = markdown(["solved with the tokens of N completions", *(f"N = {size}" for size in sizes)], rows)
+    last = list(record["values"]["none"]["found"])[-1]
+    searches = {f"at most {width} lines a node": entry for width, entry in record["widths"].items()}
+    searches |= {f"value model: {name}": entry for name, entry in record["values"].items()}
+    searches = markdown([f"MCTS with the tokens of {last} completions", "in the tree", "answered", "stuck before that"],
+                        [[name, text(entry["found"][last]), text(entry["best value"][last]), text(entry["stuck"])]
+                         for name, entry in searches.items()])
+    beginnings = []
+    for level, depths in (("lines", (1, 2, 3, 4)), ("tokens", (1, 2, 4, 8, 16, 32))):
+        growth_ = record["growth"][level]
+        for depth in depths:
+            before = growth_["different"][depth - 2] if depth > 1 else 1
+            beginnings.append([f"{depth} {level}", f"{growth_['different'][depth - 1]:.1f} of "
+                               f"{growth_['completions'][depth - 1]:.1f}", f"{growth_['different'][depth - 1] / before:.2f}",
+                               f"{record['nodes_by_depth'][depth - 1]:.1f}" if level == "lines" else ""])
+    beginnings = markdown(["after", f"different beginnings among {record['config']['samples']} completions",
+                           "branching: times those of one less", "nodes of the MCTS tree"], beginnings)
+    return f"{solved}\n\n{searches}\n\n{beginnings}"
 
 
 def verdict(record: dict) -> str:

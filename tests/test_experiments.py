@@ -366,10 +366,11 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_readme_has_the_committed_results_in_words_picture_and_command(name):
-    """Both sentences are made from the JSON, number for number, by the study itself."""
-    results = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert importlib.import_module(name).verdict(results) in readme
+    """Both sentences and all tables are made from the JSON, number for number, by the study itself."""
+    study_, folder = importlib.import_module(name), ROOT / "experiments" / "results"
+    results, readme = json.loads((folder / f"{name}.json").read_text()), (ROOT / "README.md").read_text()
+    assert study_.verdict(results) in readme and study_.table(results) in readme
+    assert (folder / f"{name}.md").read_text() == f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
     assert f"](experiments/results/{name}.png)" in readme and f"python experiments/{name}.py" in readme
-    assert (ROOT / "experiments" / "results" / f"{name}.png").stat().st_size > 20_000
-    assert not results["config"]["quick"] and results["config"]["seeds"] == importlib.import_module(name).Config().seeds >= 2
+    assert (folder / f"{name}.png").stat().st_size > 20_000
+    assert not results["config"]["quick"] and results["config"]["seeds"] == study_.Config().seeds >= 2
