@@ -71,7 +71,10 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
             axis.set_ylim(bottom=0)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    if len(lines) > 3:  # too many for a panel
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))
+    else:
+        axes[0, 0].legend(fontsize=8, loc="lower right")
     return write_figure(figure, out)
 
 

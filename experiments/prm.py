@@ -31,6 +31,7 @@ from study import (average, begin, compared, draw_shares, finish, markdown, piec
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, make_prompt, reachable, sample_puzzles
 from evaluate import pass_at_k
@@ -307,7 +308,7 @@ def collect(config: Config) -> dict:
 
 def draw(record: dict, path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(16, 8.4), constrained_layout=True)
-    (calibration, choice, noise), (score, reached, lines) = axes
+    (calibration, choice, noise), (score, reached, belief) = axes
     rerank = record["scorers"]["0.0"]["rerank"]
     calibration.plot([0, 1], [0, 1], ":", color="grey")
     for i, (flipped, entry) in enumerate(record["scorers"].items()):
@@ -326,11 +327,13 @@ def draw(record: dict, path) -> None:
     choice.set_title("one of N completions, at equal tokens: puzzles solved", fontsize=10)
     noise.set_title("last line's score, noisy labels: puzzles solved", fontsize=10)
     for i, (arm, entry) in enumerate(record["arms"].items()):
-        for axis, name in ((score, "prm_sum"), (lines, "lines")):
+        for axis, name, style in ((score, "prm_sum", "-"), (belief, "prm_score", "-"), (belief, "lines_that_reach", ":")):
             steps = [row["step"] for row in entry["curves"][0][1:]]
             values = [[curve[k][name] for curve in entry["curves"]] for k in range(1, len(steps) + 1)]
-            axis.plot(steps, [sum(v) / len(v) for v in values], color=f"C{i}", label=arm)
-            axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
+            axis.plot(steps, [sum(v) / len(v) for v in values], style, color=f"C{i}",
+                      label=arm if style == "-" else None)
+            if style == "-":
+                axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
         measured = [[row for row in curve if "eval_pass@1" in row] for curve in entry["curves"]]
         x = [sum(rows[k]["tflops"] for rows in measured) / len(measured) for k in range(len(measured[0]))]
         values = [[rows[k]["eval_pass@1"] for rows in measured] for k in range(len(x))]
@@ -338,10 +341,12 @@ def draw(record: dict, path) -> None:
         reached.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
     score.set_title("GRPO: the scorer's probabilities, summed over a completion's lines", fontsize=10)
     reached.set_title("GRPO: held-out pass@1", fontsize=10)
-    lines.set_title("GRPO: lines a completion", fontsize=10)
+    belief.set_title("lines that reach the target: scorer (solid), truth (dotted)", fontsize=10)
     share_axis(reached, "compute (TFLOPs), the scorer's training included", log=False)
     score.set_xlabel("step")
-    lines.set_xlabel("step")
+    belief.set_xlabel("step")
+    belief.set_ylim(-0.03, 1.03)
+    belief.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7.5)
