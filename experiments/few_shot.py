@@ -135,7 +135,7 @@ def verdict(record: dict) -> str:
     def line(name: str) -> str:
         zero, one, many = (rows[name][shots]["pass@1"] for shots in ("0", "1", most))
         return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one)} with one "
-                f"({compared(one, zero)} without) and {text(many)} with {most} ({compared(many, zero)})")
+                f"({compared(one, zero)} without) and {text(many)} with {most} ({compared(many, zero)} without)")
 
     zero, many = rows["base"]["0"], rows["base"][most]
     wrong = {name: [text(rows[name][shots]["wrong_numbers"]) for shots in ("0", most)] for name in ("base", "zero")}

@@ -359,7 +359,7 @@ def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_pa
 def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     study.write_json(tmp_path / "out" / "config.json", {"n": 3})
     refused(prm, "--out", tmp_path / "out", says=("other settings", "n", "another --out"))
-    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 3",))
+    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 2",))
     refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
     assert not (tmp_path / "new").exists()
 
