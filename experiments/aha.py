@@ -14,8 +14,8 @@ look at what the base had read. Here that is known, since we write the corpus:
     python experiments/aha.py --arm full       # one arm, a terminal each; then without --arm for the picture
     python experiments/aha.py --quick          # a minute: does it run? Its numbers mean nothing
 
-Every base has the size of models/tiny-student and has read the same 60,000 puzzles, in English and without small talk: a
-fifth of what models/tiny-student took. There is one base an arm; the seeds are those of GRPO. You see one figure of five
+Every base has the size of models/tiny-student and has read 60,000 searches, in English and without small talk: a
+third of what models/tiny-student took. There is one base an arm; the seeds are those of GRPO. You see one figure of five
 lines, and for each arm what the base did and what it does after RL.
 """
 
