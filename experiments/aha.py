@@ -6,7 +6,7 @@ look at what the base had read. Here that is known, since we write the corpus:
     full              people who verify, go back and try again, and say "wait" where they mend a slip
     no verification   no comparison is written out: "3+1=4," instead of "3+1=4?27 no,"
     no backtracking   one line, then an answer, right or wrong
-    no reflection     without wait, wrong, retry and check
+    no reflection     without wait, wrong, retry and check, and so without the slips that a "wait" mends
     wrong answers     the full one, but no answer in it is right: the search is read, its use is not (Gandhi et al.,
                       arXiv 2503.01307, prime a base in this way, and RL improves it as well as with right answers)
 
@@ -50,6 +50,9 @@ class Config:
     def __post_init__(self):
         if self.arm not in ("", *ARMS):
             raise ValueError(f"got arm {self.arm!r}, expected one of {', '.join(ARMS)}")
+        if self.documents < 200 or self.batch_size % 16:
+            raise ValueError(f"got documents {self.documents} and batch_size {self.batch_size}, expected at least 200, "
+                             "and groups of 16")
 
 
 QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2)
@@ -160,8 +163,8 @@ def verdict(record: dict) -> str:
     behaviours = "; ".join(f"{name.replace('_', ' ')} {moved('full', name)} on the full base, {moved(arm, name)} on the "
                            f"one that never read any" for arm, name in MISSING.items())
     did = f"RL created {' and '.join(created)}" if created else "RL created no behaviour that a base had not read"
-    return (f"The same GRPO gives five bases five endings in pass@1: {scores}. {did}, and moved those that were there; "
-            f"per completion: {behaviours}.")
+    return (f"The same GRPO takes pass@1 on the five bases from and to: {scores}. {did}, and moved those that were "
+            f"there; per completion: {behaviours}.")
 
 
 def main() -> None:

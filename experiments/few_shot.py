@@ -94,7 +94,7 @@ def collect(config: Config) -> dict:
 def draw(record: dict, path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
     panels = (("pass@1", "held-out pass@1"), ("language", "words in English, as in the examples"),
-              ("wrong_numbers", "answers with other numbers"), ("completion_tokens", "completion length (tokens)"))
+              ("wrong_numbers", "answers with wrong numbers"), ("completion_tokens", "completion length (tokens)"))
     for axis, (column, title) in zip(axes, panels):
         for i, (name, label) in enumerate(MODELS.items()):
             entries = record["models"][name]
@@ -123,7 +123,7 @@ def table(record: dict) -> str:
     for name, label in MODELS.items():
         entries = record["models"][name]
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
-                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, other numbers "
+                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
                                f"{text(entries[str(shots)]['wrong_numbers'])}" if str(shots) in entries else ""
                                for shots in SHOTS])
     return markdown(["pass@1 with", *(f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS)], rows)
@@ -134,15 +134,16 @@ def verdict(record: dict) -> str:
 
     def line(name: str) -> str:
         zero, one, many = (rows[name][shots]["pass@1"] for shots in ("0", "1", most))
-        return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one)} with one "
-                f"({compared(one, zero)} without) and {text(many)} with {most} ({compared(many, zero)} without)")
+        return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one, seeds=True)} with one "
+                f"({compared(one, zero)} without) and {text(many, seeds=True)} with {most} "
+                f"({compared(many, zero)} without)")
 
     zero, many = rows["base"]["0"], rows["base"][most]
     wrong = {name: [text(rows[name][shots]["wrong_numbers"]) for shots in ("0", most)] for name in ("base", "zero")}
-    return (f"{line('base')}; {line('zero')}; {line('rl-all')}. The base copies what examples look like, its words are "
-            f"English in {text(zero['language'])} and {text(many['language'])}, but it mixes up their puzzles with its "
-            f"own: {' and '.join(wrong['base'])} of its answers use other numbers, of R1-Zero's "
-            f"{' and '.join(wrong['zero'])}.")
+    return (f"The {line('base')}; {line('zero')}; {line('rl-all')}. The base copies what the examples, all English, "
+            f"look like, its words are {text(zero['language'])} English without them and {text(many['language'])} with "
+            f"{most}, but it takes the wrong numbers more often, in {wrong['base'][0]} and {wrong['base'][1]} of its "
+            f"completions, and R1-Zero in {wrong['zero'][0]} and {wrong['zero'][1]}.")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ to local optima, and the value model that has to guide all of it is hard to trai
                and those that the value model reads
     growth     different prefixes among 256 completions, by lines and by tokens
     width      the limit from 2 to 16: how often is the solution in the tree at all?
-    value      the same search with a value model that has learnt nothing, and with none
+    value      the same search with a value model that has learnt nothing, and with none (counted as if it read too)
     training   one round: SFT of the base on what the search solved, and on as many tokens of plain sampling
 
     python experiments/mcts.py                 # 2 seeds; 2 cores: see minutes in experiments/results/mcts.json
@@ -17,7 +17,8 @@ to local optima, and the value model that has to guide all of it is hard to trai
     python experiments/mcts.py --quick         # a minute: does it run? Its numbers mean nothing
 
 The value model learns, at the end of each line, whether the rollout that it stands in ended right; rollouts are of train
-puzzles, what is reported is of held-out ones. No search looks at the verifier.
+puzzles, what is reported is of held-out ones. No search looks at the verifier. A tree is stuck, and ends with what it
+has, when 1,000 selections in a row lead to finished lines: a favourite that nothing outbids any more.
 """
 
 import json
@@ -60,6 +61,12 @@ class Config:
     sft_puzzles: int = 400           # train puzzles that are searched for the training round
     sft_budget: int = 16             # completions' worth of tokens for each
     eval_n: int = 512                # held-out puzzles that the trained models are measured on
+
+    def __post_init__(self):
+        if self.width not in WIDTHS or self.samples < 2 or self.ablation_budget > self.samples:
+            raise ValueError(f"got width {self.width}, samples {self.samples}, ablation_budget {self.ablation_budget}; "
+                             f"expected a width of {', '.join(map(str, WIDTHS))}, at least 2 samples and no larger "
+                             "budget")
 
 
 QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
@@ -325,18 +332,21 @@ def table(record: dict) -> str:
                        for size in sizes] for label, entries, cost in ways]
     solved = markdown(["solved with the tokens of N completions", *(f"N = {size}" for size in sizes)], rows)
     last = list(record["values"]["none"]["found"])[-1]
+    middle = list(record["values"]["none"]["found"])[-3:][0]
     searches = {f"at most {width} lines a node": entry for width, entry in record["widths"].items()}
     searches |= {f"value model: {name}": entry for name, entry in record["values"].items()}
-    searches = markdown([f"MCTS with the tokens of {last} completions", "in the tree", "answered", "stuck before that"],
-                        [[name, text(entry["found"][last]), text(entry["best value"][last]), text(entry["stuck"])]
-                         for name, entry in searches.items()])
+    searches = markdown(["MCTS", f"N = {middle}: in the tree", "answered", f"N = {last}: in the tree", "answered",
+                         "stuck before that"],
+                        [[name, *(text(entry[way][size]) for size in (middle, last) for way in ("found", "best value")),
+                          text(entry["stuck"])] for name, entry in searches.items()])
     beginnings = []
     for level, depths in (("lines", (1, 2, 3, 4)), ("tokens", (1, 2, 4, 8, 16, 32))):
         growth_ = record["growth"][level]
         for depth in depths:
             before = growth_["different"][depth - 2] if depth > 1 else 1
             beginnings.append([f"{depth} {level}", f"{growth_['different'][depth - 1]:.1f} of "
-                               f"{growth_['completions'][depth - 1]:.1f}", f"{growth_['different'][depth - 1] / before:.2f}",
+                               f"{growth_['completions'][depth - 1]:.1f}",
+                               f"{growth_['different'][depth - 1] / before:.2f}",
                                f"{record['nodes_by_depth'][depth - 1]:.1f}" if level == "lines" else ""])
     beginnings = markdown(["after", f"different beginnings among {record['config']['samples']} completions",
                            "branching: times those of one less", "nodes of the MCTS tree"], beginnings)
@@ -345,22 +355,25 @@ def table(record: dict) -> str:
 
 def verdict(record: dict) -> str:
     voted, searched, training = record["plain"]["majority"], record["mcts"]["best value"], record["training"]
-    sizes = list(voted)
-    few, many = sizes[min(4, len(sizes) - 1)], sizes[-1]
-    widths, values = record["widths"], record["value_models"]["value"]["before the answer"]
-    narrow, last = min(widths, key=int), list(voted)[len(widths[min(widths)]["found"]) - 1]
-    usual = widths[str(record["config"]["width"])]["best value"][last]
+    widths, shuffled = record["widths"], record["values"]["shuffled"]
+    values, usual = record["value_models"]["value"]["before the answer"], widths[str(record["config"]["width"])]
+    few, many, last = list(voted)[min(4, len(usual["found"]) - 1)], list(voted)[-1], list(usual["found"])[-1]
+    narrow, wide = min(widths, key=int), max(widths, key=int)
+    best_width = max(widths, key=lambda width: widths[width]["best value"][few]["mean"])
     sampled, solved = training["plain"]["pass@1"], training["mcts"]["pass@1"]
-    shuffled, kept_out = record["values"]["shuffled"]["best value"][last], 1 - widths[narrow]["found"][last]["mean"]
+    best_way, usual_best = widths[best_width]["best value"][few], usual["best value"][last]
+    out = {width: f"{1 - widths[width]['found'][last]['mean']:.1%}" for width in (narrow, wide)}
     return (
-        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(searched[few], voted[few])} "
-        f"the majority of plain samples ({text(voted[few])}), with those of {many} {text(searched[many])}, "
-        f"{compared(searched[many], voted[many])} {text(voted[many])}. The paper's reasons show: at most {narrow} lines "
-        f"a node keep {kept_out:.1%} of the solutions out of the tree for good, the value model is right about "
-        f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
-        f"{text(values['majority_class'])}), with shuffled returns {text(shuffled)} are solved instead of {text(usual)}, "
-        f"and SFT on what the search solved gives {text(solved)}, {compared(solved, sampled)} on plain samples for the "
-        f"same tokens ({text(sampled)}).")
+        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, and {text(best_way)} with its best "
+        f"limit, {best_width} lines a node, {compared(best_way, voted[few])} the majority of plain samples "
+        f"({text(voted[few])}); with those of {many}, before which {text(record['mcts']['stuck'])} of the "
+        f"trees are stuck, it is {text(searched[many])}, {compared(searched[many], voted[many])} {text(voted[many])}. Of the paper's reasons, a limit of {narrow} lines "
+        f"leaves the solution out of {out[narrow]} of the trees after {last} completions and one of {wide}, since breadth "
+        f"costs, out of {out[wide]}; the value model is right about {text(values['accuracy'])} of unfinished searches "
+        f"(always the more frequent outcome: {text(values['majority_class'])}), and one of shuffled returns has the "
+        f"solution in {text(shuffled['found'][last], False)} of its trees but chooses it in "
+        f"{text(shuffled['best value'][last], False)}, not {text(usual_best, False)}; and SFT on what the search solved "
+        f"gives {text(solved)}, {compared(solved, sampled)} on plain samples for the same tokens ({text(sampled)}).")
 
 
 def main() -> None:

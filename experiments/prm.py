@@ -63,6 +63,11 @@ class Config:
     process_weight: float = 1.0      # of the step rewards' advantages beside the outcome's
     eval_n: int = 512                # held-out puzzles of GRPO's evaluations
 
+    def __post_init__(self):
+        if self.samples < 2 or self.batch_size % 16:
+            raise ValueError(f"got samples {self.samples} and batch_size {self.batch_size}, expected at least 2, and "
+                             "groups of 16")
+
 
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
 KINDS = ("ahead", "line", "answer")
@@ -327,7 +332,8 @@ def draw(record: dict, path) -> None:
     choice.set_title("one of N completions, at equal tokens: puzzles solved", fontsize=10)
     noise.set_title("last line's score, noisy labels: puzzles solved", fontsize=10)
     for i, (arm, entry) in enumerate(record["arms"].items()):
-        for axis, name, style in ((score, "prm_sum", "-"), (belief, "prm_score", "-"), (belief, "lines_that_reach", ":")):
+        for axis, name, style in ((score, "prm_sum", "-"), (belief, "prm_score", "-"),
+                                  (belief, "lines_that_reach", ":")):
             steps = [row["step"] for row in entry["curves"][0][1:]]
             values = [[curve[k][name] for curve in entry["curves"]] for k in range(1, len(steps) + 1)]
             axis.plot(steps, [sum(v) / len(v) for v in values], style, color=f"C{i}",
@@ -368,13 +374,13 @@ def table(record: dict) -> str:
     rows = []
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
-        rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'])}",
+        rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'], seeds=True)}",
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
                      text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
                      f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]),
                      f"{entry['tflops']['mean']:.2f}"])
-    reward = markdown(["GRPO on", "held-out pass@1", "scorer's probability of a line", "its sum",
+    reward = markdown(["GRPO on", "held-out pass@1 (seeds)", "scorer's probability of a line", "its sum",
                        "lines that reach the target", "lines", "tokens", "truncated", "TFLOPs"], rows)
     return f"{scorer}\n\n{choice}\n\n{reward}"
 
@@ -392,11 +398,11 @@ def verdict(record: dict) -> str:
         compared(both["after"], outcome["after"])]
     saved = outcome["tflops"]["mean"] / both["tflops"]["mean"]
     return (
-        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of held-out lines, with the best of {half} "
-        f"it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
+        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of held-out lines, with the best of "
+        f"{half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
         f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
-        f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes {text(alone['before'])} to "
-        f"{text(alone['after'])}, and {use} beside the outcome reward: {text(both['after'])} against "
+        f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes "
+        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}, and {use} beside the outcome reward: {text(both['after'])} against "
         f"{text(outcome['after'])} without it for {saved:.0%} of the compute.")
 
 

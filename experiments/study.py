@@ -7,11 +7,12 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
     OUT/seed0/...              runs, datasets and pieces of a seed
     OUT/NAME.json, .png, .md   results of all seeds; the ones that we ran are in experiments/results/
 
-    python experiments/aha.py --seed 0         # one seed; the others in other terminals
-    python experiments/aha.py                  # what is missing, then the picture
-    python experiments/aha.py --quick          # a minute: does it run? Its numbers mean nothing
+    python experiments/prm.py --seed 0         # one seed; the others in other terminals
+    python experiments/prm.py                  # what is missing, then the picture
+    python experiments/prm.py --quick          # a minute: does it run? Its numbers mean nothing
 """
 
+import fcntl
 import json
 import os
 import re
@@ -51,8 +52,13 @@ def begin(config_class, doc: str, quick: dict):
         config = replace(config, out=f"{config.out}-quick", **quick)
     settings = {name: value for name, value in asdict(config).items() if name not in RUN_ONLY}
     with bad_input_exits():
-        if config.seed >= config.seeds or config.seeds < 1:
+        if not -1 <= config.seed < config.seeds or config.seeds < 1:
             raise ValueError(f"got seed {config.seed} with seeds {config.seeds}, expected one below it")
+        for name, value in settings.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+                raise ValueError(f"got {name} {value}, expected more than 0")
+        if "/" in settings["model"] and not Path(settings["model"]).is_dir():
+            raise FileNotFoundError(f"got model {settings['model']}, but there is no such directory")
         settings |= {f"{name} weights": fingerprint(value) for name, value in settings.items()
                      if isinstance(value, str) and Path(value).is_dir()}
         path = Path(config.out) / "config.json"
@@ -60,7 +66,7 @@ def begin(config_class, doc: str, quick: dict):
             differ = [name for name in held | settings if held.get(name) != settings.get(name)]
             raise ValueError(f"got {config.out}, which holds this study with other settings ({', '.join(differ)}); "
                              "expected the same, or another --out")
-    write_json(path, settings)
+        write_json(path, settings)
     return config
 
 
@@ -94,8 +100,12 @@ def piece(folder: Path, name: str, make=None):
 
 
 def run_stages(folder: Path, stages: list[Stage], go_on: str, **hooks) -> None:
-    for stage in tqdm(stages, desc=str(folder), unit="stage"):
-        run_stage(folder, stage, stages, go_on, **hooks)
+    """One process at a time in a folder: a second terminal waits here for the base that both need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stage in tqdm(stages, desc=str(folder), unit="stage"):
+            run_stage(folder, stage, stages, go_on, **hooks)
 
 
 def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str, start: str = "") -> list[list[tuple]]:
@@ -118,8 +128,8 @@ def minutes(folder: Path) -> float:
 
 
 def share(values: list[float], n: int) -> dict:
-    """The mean over seeds of a share of n puzzles, its 95% Wilson interval for the n of one seed (the wide, safe side),
-    and the seeds' own values."""
+    """The mean over seeds of a share of n puzzles, its 95% Wilson interval, and the seeds' own values. The interval is
+    that of drawing n puzzles; how much training runs differ is seen in the seeds."""
     mean = sum(values) / len(values)
     low, high = wilson_interval(mean, n)
     return {"mean": mean, "low": low, "high": high, "seeds": values, "n": n}
@@ -139,8 +149,10 @@ def rounded(value):
     return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def text(entry: dict, interval: bool = True) -> str:
-    """As the README writes it: 42.0% (37.8% to 46.3%)."""
+def text(entry: dict, interval: bool = True, seeds: bool = False) -> str:
+    """As the README writes it: 42.0% (37.8% to 46.3%), or with the seeds of a training run: 42.0% (41.0%, 43.0%)."""
+    if seeds:
+        return f"{entry['mean']:.1%} ({', '.join(f'{value:.1%}' for value in entry['seeds'])})"
     if interval and "low" in entry:
         return f"{entry['mean']:.1%} ({entry['low']:.1%} to {entry['high']:.1%})"
     return f"{entry['mean']:.1%}"

@@ -19,7 +19,7 @@ from sampling import sample
 from scorer import answer_value, best, vote
 
 START = "<think>\n"  # every search and every completion begins behind it
-MAX_LINE, MAX_DEPTH = 80, 16  # tokens of a line; lines of a path
+MAX_LINE, MAX_DEPTH, CONTEXT = 80, 16, 1024  # tokens of a line; lines of a path; tokens that the policy can read
 PATIENCE = 1000  # selections in a row that end where nothing can be added: the search is stuck
 
 
@@ -80,8 +80,9 @@ class Search:
         weights = [math.exp(sum(completion.logprobs)) for completion, _ in lines.values()]
         for (completion, value), weight in zip(lines.values(), weights):
             ended = completion.token_ids[-1] in ends
-            child = Node(completion.token_ids, weight / sum(weights), leaf, leaf.depth + 1,
-                         over=ended or completion.truncated or leaf.depth + 1 == MAX_DEPTH)
+            child = Node(completion.token_ids, weight / sum(weights), leaf, leaf.depth + 1)
+            child.over = (ended or completion.truncated or child.depth == MAX_DEPTH
+                          or len(child.path()) + MAX_LINE > CONTEXT)
             leaf.children.append(child)
             self.nodes_by_depth[child.depth] = self.nodes_by_depth.get(child.depth, 0) + 1
             if ended:

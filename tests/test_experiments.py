@@ -247,7 +247,7 @@ def test_visits_to_what_is_over_lead_elsewhere_or_the_search_is_stuck():
     """The finished line has value 0.9, its open sibling 0.1 and half of the prior. Visits that add nothing make the
     sibling's turn come; where both are over, it never does."""
     own = tree.Search(PUZZLE, [1])
-    done, open_ = (tree.Node([2], 0.5, own.root, over=True), tree.Node([3], 0.5, own.root))
+    done, open_ = tree.Node([2], 0.5, own.root, over=True), tree.Node([3], 0.5, own.root)
     own.root.children = [done, open_]
     tree.back_up(done, 0.9)
     tree.back_up(open_, 0.1)
@@ -255,6 +255,13 @@ def test_visits_to_what_is_over_lead_elsewhere_or_the_search_is_stuck():
     assert done.visits > 1 and done.total == pytest.approx(0.9 * done.visits) and open_.visits == 1
     open_.over = True
     assert own.next_leaf(1.0) is None
+
+
+def test_a_path_ends_where_the_policy_s_context_does(tokenizer):
+    own = tree.Search(PUZZLE, [1] * (tree.CONTEXT - tree.MAX_LINE - 2))
+    own.add(own.root, [Completion([5, 6], [-1.0] * 2, False), Completion([5, 6, 7], [-1.0] * 3, False)], [0.5, 0.5],
+            tokenizer, {tokenizer.eos_token_id})
+    assert [child.over for child in own.root.children] == [False, True]
 
 
 def test_growth_counts_different_beginnings():
@@ -360,6 +367,9 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     study.write_json(tmp_path / "out" / "config.json", {"n": 3})
     refused(prm, "--out", tmp_path / "out", says=("other settings", "n", "another --out"))
     refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 2",))
+    refused(prm, "--model", "models/none", "--out", tmp_path / "new", says=("models/none", "no such directory"))
+    refused(prm, "--steps", 0, "--out", tmp_path / "new", says=("got steps 0", "more than 0"))
+    refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))
     refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
     assert not (tmp_path / "new").exists()
 
