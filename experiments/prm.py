@@ -402,8 +402,8 @@ def verdict(record: dict) -> str:
         f"{half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
         f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
         f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes "
-        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}, and {use} beside the outcome reward: {text(both['after'])} against "
-        f"{text(outcome['after'])} without it for {saved:.0%} of the compute.")
+        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}, and {use} beside the outcome reward: "
+        f"{text(both['after'])} against {text(outcome['after'])} without it for {saved:.0%} of the compute.")
 
 
 def main() -> None:
