@@ -25,9 +25,10 @@ from pathlib import Path
 from study import average, begin, finish, markdown, piece, run, run_stages, seed_folder, seeds_to_run, share, text
 
 import evaluate
+import plots
 from model import load
 from plots import plot_lines, read_metrics
-from rewards import chain_of_thought, verify
+from rewards import chain_of_thought
 from stages import Stage
 
 
@@ -66,16 +67,8 @@ ARMS = {
 QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
-PANELS = (
-    ("accuracy", "accuracy", "eval_pass@1", True),
-    ("completion length (tokens)", "completion_tokens", "eval_completion_tokens", False),
-    ("verifications per completion", "verifications", "eval_verifications", False),
-    ("backtracks per completion", "backtracks", "eval_backtracks", False),
-    ("reflection words per completion", "reflection_words", "eval_reflection_words", False),
-    ("format", "format", "eval_format", True),
-    ("truncated", "truncated", "eval_truncated", True),
-    ("entropy (nats per token)", "entropy", None, False),
-)
+VERIFICATIONS = ("verifications per completion", "verifications", "eval_verifications", False)
+PANELS = tuple(VERIFICATIONS if panel[1] == "mixed" else panel for panel in plots.PANELS)  # one language, nothing to mix
 
 
 def base_stages(config: Config, arm: str) -> list[Stage]:

@@ -17,10 +17,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run, share, text
+from study import (average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run, share,
+                   share_axis, text)
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import PercentFormatter
 
 import r1
 from plots import write_figure
@@ -61,7 +61,7 @@ def base_stages(config: Config) -> list[Stage]:
 
 def ladder(config: Config, seed: int) -> list[Stage]:
     """R1-Zero and R1 as r1.py makes them, from the base that has read pages."""
-    recipe = r1.Config(model=str(Path(config.out) / "base" / "base" / "checkpoint"), out=config.out,
+    recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out,
                        zero_steps=config.zero_steps, rl_steps=config.rl_steps,
                        general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, eval_n=config.n,
                        pairs=max(600, 5 * config.puzzles), rl_flags=f"--batch-size {config.batch_size}")
@@ -71,7 +71,7 @@ def ladder(config: Config, seed: int) -> list[Stage]:
 
 def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
     folder = seed_folder(config, seed)
-    checkpoints = {"base": Path(config.out) / "base" / "base" / "checkpoint", "zero": folder / "zero" / "checkpoint",
+    checkpoints = {"base": base_stages(config)[-1].out / "checkpoint", "zero": folder / "zero" / "checkpoint",
                    "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
     return {(name, shots): Stage(f"eval-{name.replace(' ', '-')}-{shots}", "evaluate", (
                 "--model", checkpoint, "--n", config.n, "--shots", shots, "--seed", seed),
@@ -112,8 +112,7 @@ def draw(record: dict, path) -> None:
         axis.grid(alpha=0.25)
         axis.set_ylim(bottom=0)
         if column != "completion_tokens":
-            axis.set_ylim(-0.03, 1.03)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            share_axis(axis, "examples in the prompt", log=False)
     axes[0].legend(fontsize=8)
     write_figure(figure, path)
 

@@ -33,12 +33,12 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, make_prompt, sample_puzzles
-from evaluate import pass_at_k
 from model import load
 from plots import write_figure
 from preference import load_reward_model, save_reward_model
 from rewards import accuracy_reward
-from scorer import answer_value, best, held_out_puzzles, reliability, score_positions, train_scorer, vote
+from scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
+                    score_positions, train_scorer, vote)
 from stages import Stage
 from tree import MAX_DEPTH, START, search
 
@@ -97,20 +97,9 @@ def last_scores(value_model, rows: list[list[int]]) -> list[float]:
 
 def plain_curves(groups, puzzles: list[Puzzle], scores: list[list[float]], samples: int) -> dict:
     """Share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N."""
-    sizes = [2 ** i for i in range(samples.bit_length()) if 2 ** i <= samples]
-    curves = {way: dict.fromkeys(sizes, 0.0) for way in ("majority", "best of N", "weighted vote", "pass@N")}
-    for puzzle, group, own in zip(puzzles, groups, scores):
-        answers = [answer_value(words, puzzle) for _, _, words in group]
-        right = sum(answer == puzzle.target for answer in answers)
-        for size in sizes:
-            blocks = [slice(i, i + size) for i in range(0, samples - size + 1, size)]
-            for block in blocks:
-                for way, answer in (("majority", vote(answers[block], [1.0] * size)),
-                                    ("best of N", best(answers[block], own[block])),
-                                    ("weighted vote", vote(answers[block], own[block]))):
-                    curves[way][size] += (answer == puzzle.target) / len(blocks) / len(puzzles)
-            curves["pass@N"][size] += pass_at_k(samples, right, size) / len(puzzles)
-    return curves
+    return mean_curves([choose_from_n([answer_value(words, puzzle) for _, _, words in group], puzzle.target, {
+        "majority": (vote, [1.0] * samples), "best of N": (best, own), "weighted vote": (vote, own)})
+        for puzzle, group, own in zip(puzzles, groups, scores)])
 
 
 def growth(groups, newline: int, lines: int = 8, tokens: int = 60) -> dict:
@@ -176,7 +165,7 @@ def compare(config: Config, folder: Path, seed: int) -> None:
                 "growth": growth(groups, newline)}
 
     tokens = piece(folder, "plain", sample_plainly)["tokens"]
-    sizes = [2 ** i for i in range(config.samples.bit_length()) if 2 ** i <= config.samples]
+    sizes = powers_of_two(config.samples)
 
     def measure(name: str, value_of, width: int, most: int):
         def table():
@@ -369,9 +358,10 @@ def verdict(record: dict) -> str:
         f"({text(voted[few])}); with those of {many}, before which {text(record['mcts']['stuck'])} of the "
         f"trees are stuck, it is {text(searched[many])}, {compared(searched[many], voted[many])} {text(voted[many])}. "
         f"Of the paper's reasons, a limit of {narrow} lines leaves the solution out of {out[narrow]} of the trees after "
-        f"{last} completions and one of {wide}, since breadth costs, out of {out[wide]}; the value model is right about {text(values['accuracy'])} of unfinished searches "
-        f"(always the more frequent outcome: {text(values['majority_class'])}), and one of shuffled returns has the "
-        f"solution in {text(shuffled['found'][last], False)} of its trees but chooses it in "
+        f"{last} completions and one of {wide}, since breadth costs, out of {out[wide]}; the value model is right about "
+        f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
+        f"{text(values['majority_class'])}), and one of shuffled returns has the solution in "
+        f"{text(shuffled['found'][last], False)} of its trees but chooses it in "
         f"{text(shuffled['best value'][last], False)}, not {text(usual_best, False)}; and SFT on what the search solved "
         f"gives {text(solved)}, {compared(solved, sampled)} on plain samples for the same tokens ({text(sampled)}).")
 

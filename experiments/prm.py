@@ -21,7 +21,7 @@ Traces for training are of train puzzles, everything that is reported is on held
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -31,17 +31,16 @@ from study import (average, begin, compared, draw_shares, finish, markdown, piec
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, make_prompt, reachable, sample_puzzles
-from evaluate import pass_at_k
 from grpo import group_advantages, process_advantages
 from model import load
 from plots import write_figure
 from preference import load_reward_model, save_reward_model
 from rewards import accuracy_reward
 from run_folder import read_jsonl
-from scorer import answer_value, best, held_out_puzzles, reliability, score_positions, train_scorer, vote
+from scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, reliability, score_positions,
+                    train_scorer, vote)
 from stages import Stage
 
 
@@ -164,30 +163,17 @@ def weigh(steps: list[Step], scores: list[float]) -> dict[str, float]:
 
 
 def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict[str, dict[int, float]]:
-    """Share of puzzles solved by each way to choose one of N completions, N = 1, 2, 4, ... samples.
-
-    Each N averages over the disjoint blocks of N among a puzzle's samples; pass@N is the unbiased estimator.
-    """
-    ways = defaultdict(lambda: defaultdict(float))
-    sizes = [2 ** i for i in range(samples.bit_length()) if 2 ** i <= samples]
-    puzzles = len(traces) // samples
-    for begin_ in range(0, len(traces), samples):
-        group = traces[begin_:begin_ + samples]
-        puzzle = group[0].puzzle
-        values = [answer_value(trace.text, puzzle) for trace in group]
-        weights = [weigh(trace.steps, row) for trace, row in zip(group, scores[begin_:begin_ + samples])]
-        right = sum(value == puzzle.target for value in values)
-        for size in sizes:
-            blocks = [slice(i, i + size) for i in range(0, samples - size + 1, size)]
-            for block in blocks:
-                chosen = {"majority": vote(values[block], [1.0] * size),
-                          "PRM-weighted vote": vote(values[block], [w["last"] for w in weights[block]])}
-                chosen |= {f"PRM, {way}": best(values[block], [w[way] for w in weights[block]])
-                           for way in ("mean", "min", "last", "answer")}
-                for way, value in chosen.items():
-                    ways[way][size] += (value == puzzle.target) / len(blocks) / puzzles
-            ways["pass@N"][size] += pass_at_k(samples, right, size) / puzzles
-    return ways
+    """Share of puzzles solved by each way to choose one of N completions, N = 1, 2, 4, ... samples."""
+    curves = []
+    for first in range(0, len(traces), samples):
+        group = traces[first:first + samples]
+        weights = [weigh(trace.steps, row) for trace, row in zip(group, scores[first:first + samples])]
+        by = {way: [weight[way] for weight in weights] for way in ("mean", "min", "last", "answer")}
+        ways = {"majority": (vote, [1.0] * samples), "PRM-weighted vote": (vote, by["last"]),
+                **{f"PRM, {way}": (best, own) for way, own in by.items()}}
+        curves.append(choose_from_n([answer_value(trace.text, group[0].puzzle) for trace in group],
+                                    group[0].puzzle.target, ways))
+    return mean_curves(curves)
 
 
 # -------------------------------------------------------------------------------------------------------------- reward
@@ -350,9 +336,7 @@ def draw(record: dict, path) -> None:
     belief.set_title("lines that reach the target: scorer (solid), truth (dotted)", fontsize=10)
     share_axis(reached, "compute (TFLOPs), the scorer's training included", log=False)
     score.set_xlabel("step")
-    belief.set_xlabel("step")
-    belief.set_ylim(-0.03, 1.03)
-    belief.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    share_axis(belief, "step", log=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7.5)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from batching import micro_batches
 from countdown import Puzzle, sample_puzzles
+from evaluate import pass_at_k
 from model import load
 from optimizer import MasterAdamW, clip_gradients
 from preference import RewardModel
@@ -96,3 +97,26 @@ def best(values: list, weights: list[float]):
     """The value of the answer with the highest weight."""
     valid = [i for i, value in enumerate(values) if value is not None]
     return values[max(valid, key=lambda i: weights[i])] if valid else None
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [2 ** i for i in range(most.bit_length())]
+
+
+def choose_from_n(values: list, target: int, ways: dict[str, tuple]) -> dict[str, dict[int, float]]:
+    """One puzzle's answers; ways are {name: (vote or best, a weight per answer)}. -> for each way the share of right
+    choices among N of them, N = 1, 2, 4, ...: the mean over disjoint blocks of N. pass@N is the unbiased estimator."""
+    sizes, right = powers_of_two(len(values)), sum(value == target for value in values)
+    curves = {}
+    for name, (choose, weights) in ways.items():
+        curves[name] = {}
+        for size in sizes:
+            blocks = [slice(i, i + size) for i in range(0, len(values) - size + 1, size)]
+            curves[name][size] = sum(choose(values[b], weights[b]) == target for b in blocks) / len(blocks)
+    return curves | {"pass@N": {size: pass_at_k(len(values), right, size) for size in sizes}}
+
+
+def mean_curves(curves: list[dict]) -> dict:
+    """{way: {N: share}} of each puzzle -> the mean over puzzles."""
+    return {way: {size: sum(one[way][size] for one in curves) / len(curves) for size in curves[0][way]}
+            for way in curves[0]}
