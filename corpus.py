@@ -30,8 +30,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from countdown import Puzzle, make_prompt, sample_puzzle
-from general import SMALL_TALK, write_chat
 from rewards import verify
+from tasks.general import SMALL_TALK, write_chat
 
 
 @dataclass(frozen=True)

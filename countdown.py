@@ -8,7 +8,6 @@ is written by corpus.py.
     python countdown.py puzzles --level laptop --n 5          # draw puzzles, with a solution each
     python countdown.py solve 3 4 5 --target 27               # 3*(4+5)
     python countdown.py prompt 3 4 5 --target 27 --style base # what the model reads
-    python countdown.py corpus --n 100000 --out data/corpus.jsonl
 
 No torch in here: a puzzle is a tuple of integers.
 """
@@ -17,7 +16,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -119,7 +117,7 @@ def solve(numbers, target: int) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- puzzles
 
 
-def check_task(level: str, style: str) -> None:
+def check_level_and_style(level: str, style: str) -> None:
     """Raises ValueError for a level or a prompt style that does not exist; scripts call it before any work is done."""
     if level not in LEVELS:
         raise ValueError(f"got level {level!r}, expected one of {', '.join(LEVELS)}")
@@ -226,12 +224,6 @@ def main() -> None:
         if name == "prompt":
             sub.add_argument("--style", choices=("tiny", "base"), default="tiny",
                              help="chat needs a tokenizer; see evaluate.py --show")
-    corpus = commands.add_parser(
-        "corpus", help="write the corpus of the tiny base (see python corpus.py --help for its switches)")
-    corpus.add_argument("rest", nargs=argparse.REMAINDER)
-    if sys.argv[1:2] == ["corpus"]:  # all its flags belong to corpus.py
-        import corpus as corpus_writer
-        return corpus_writer.main(sys.argv[2:])
     args = parser.parse_args()
     try:
         if args.command == "puzzles":

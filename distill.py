@@ -10,24 +10,29 @@ the same student and from the same base, at no less compute for RL than for dist
     distill-rl    train_countdown.py   distilled student -> RL after distillation
     logits        sft.py --teacher     with --logits: the teacher's whole distribution at each token, not just its text
 
+The loss is the cross-entropy of sft.completion_losses on the teacher's text, the one that sft.py always has; with
+--logits the KL(teacher || student) of machinery/batching.teacher_kl. What is here is the list of commands.
+
     python distill.py --teacher runs/r1/seed0/rl-all/checkpoint             # 10 minutes on 2 cores
     python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
     python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
 
 The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in TFLOPs (2 a parameter and
 completion token read or written, 6 where it is trained on; the teacher's writing counts, its own training does not).
-Each stage is skipped when it is done (stages.py), so an interrupted comparison goes on with the same command.
+Each stage is skipped when it is done (machinery/stages.py), so an interrupted comparison goes on with the same command.
 """
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from countdown import check_task
-from model import check_dtype
-from run_folder import bad_input_exits, parse_config, read_jsonl
-from stages import Stage, check_inputs, read_record, run_stage
+from countdown import check_level_and_style
+from machinery.checkpoints import check_dtype
+from machinery.flags import bad_input_exits, parse_config
+from machinery.run_folder import read_jsonl
+from machinery.stages import Stage, check_inputs, read_record, run_stage
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Config:
     style: str = "tiny"              # prompt template: tiny, base or chat
     n: int = 1200                    # train puzzles that the teacher solves
     samples: int = 4                 # completions of each
-    non_cot: bool = True             # a quarter of the rows are replies without thinking (general.py replies)
+    non_cot: bool = True             # a quarter of the rows are replies without thinking (tasks.general replies)
     epochs: int = 3                  # passes over the traces; the paper: 2 to 3
     sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
     batch_tokens: int = 4096         # tokens per optimizer step of SFT
@@ -58,60 +63,58 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_task(self.level, self.style)
+        check_level_and_style(self.level, self.style)
         check_dtype(self.dtype)
         if self.logits and self.data:
             raise ValueError("got --logits with --data, expected --teacher: only a model has logits")
 
 
 def student_stages(config: Config) -> list[Stage]:
-    folder, machine = Path(config.out), ("--device", config.device, "--dtype", config.dtype)
-    task = ("--level", config.level, "--style", config.style)
-    stages, data = [], config.data
-    if not data:
-        non_cot = ()
+    folder, student, teacher = (shlex.quote(str(path)) for path in (Path(config.out), config.student, config.teacher))
+    task = f"--level {config.level} --style {config.style}"
+    machine = f"--device {config.device} --dtype {config.dtype}"
+    stages, data = [], shlex.quote(config.data)
+    if not config.data:
+        non_cot, data = "", f"{folder}/student-traces.jsonl"
         if config.non_cot:
-            template = ("--style", "chat", "--model", config.student) if config.style == "chat" else ()
-            stages.append(Stage("student-replies", "general", ("replies", "--n", 2 * config.n, "--seed", config.seed,
-                                                               *template), folder / "student-replies.jsonl"))
-            non_cot = ("--non-cot", stages[-1].out)
-        asked = ("--n", config.n, "--samples", config.samples, "--max-new-tokens", config.max_new_tokens)
-        stages.append(Stage("student-traces", "rejection", ("--model", config.teacher, *non_cot, *task, *asked,
-                                                            "--seed", config.seed, *machine),
-                            folder / "student-traces.jsonl"))
-        data = stages[-1].out
-    sft = ("--data", data, "--model", config.student, "--epochs", config.epochs, "--learning-rate",
-           config.sft_learning_rate, "--batch-tokens", config.batch_tokens, "--eval-rows", max(1, config.eval_n // 2),
-           "--seed", config.seed, *machine)
-
-    def rl(name, model, steps, learning_rate, *more):
-        return Stage(name, "train_countdown", (
-            "--model", model, "--steps", steps, *task, "--learning-rate", learning_rate, "--max-new-tokens",
-            config.max_new_tokens, "--eval-n", config.eval_n, "--seed", config.seed, *machine,
-            *more, *config.rl_flags.split()), folder / name)
-
+            template = f"--style chat --model {student} " if config.style == "chat" else ""
+            non_cot = f"--non-cot {folder}/student-replies.jsonl "
+            stages.append(Stage("student-replies", f"python -m tasks.general replies --n {2 * config.n} "
+                                f"--seed {config.seed} {template}--out {folder}/student-replies.jsonl"))
+        stages.append(Stage("student-traces", f"python rejection.py --model {teacher} {non_cot}{task} --n {config.n} "
+                            f"--samples {config.samples} --max-new-tokens {config.max_new_tokens} "
+                            f"--seed {config.seed} {machine} --out {data}"))
+    sft = (f"python sft.py --data {data} --model {student} --epochs {config.epochs} "
+           f"--learning-rate {config.sft_learning_rate} --batch-tokens {config.batch_tokens} "
+           f"--eval-rows {max(1, config.eval_n // 2)} --seed {config.seed} {machine}")
+    rl = (f"{task} --max-new-tokens {config.max_new_tokens} --eval-n {config.eval_n} --seed {config.seed} {machine} "
+          f"--rollouts sampled {config.rl_flags}")
     stages += [
-        Stage("distill", "sft", sft, folder / "distill"),
-        rl("student-rl", config.student, config.rl_steps, config.rl_learning_rate),
-        # A good policy's groups are nearly all right. Divided by their small deviation, a rare slip would count for
-        # more than anything else, so here advantages are not divided by it (Dr. GRPO)
-        rl("distill-rl", folder / "distill" / "checkpoint", config.after_steps, config.after_learning_rate,
-           "--no-normalize-std")]
+        Stage("distill", f"{sft} --out {folder}/distill"),
+        # RL alone: R1-Zero's settings
+        Stage("student-rl", f"python train_countdown.py --model {student} --steps {config.rl_steps} "
+              f"--learning-rate {config.rl_learning_rate} {rl} --out {folder}/student-rl"),
+        # RL after distillation differs from RL alone in two settings besides where it starts: half the learning rate,
+        # and advantages that are not divided by their group's deviation (Dr. GRPO). A good policy's groups are nearly
+        # all right; divided by their small deviation, a rare slip would count for more than anything else
+        Stage("distill-rl", f"python train_countdown.py --model {folder}/distill/checkpoint --steps {config.after_steps} "
+              f"--learning-rate {config.after_learning_rate} --no-normalize-std {rl} --out {folder}/distill-rl")]
+    models = {"student-base": student, **{name: f"{folder}/{name}/checkpoint" for name in
+                                          ("distill", "student-rl", "distill-rl")}}
     if config.logits:
-        stages.append(Stage("logits", "sft", (*sft, "--teacher", config.teacher), folder / "logits"))
-    models = {"student-base": config.student, **{
-        stage.name: stage.out / "checkpoint" for stage in stages if stage.script in ("sft", "train_countdown")}}
+        stages.append(Stage("logits", f"{sft} --teacher {teacher} --out {folder}/logits"))
+        models["logits"] = f"{folder}/logits/checkpoint"
     return stages + [
-        Stage(f"eval-{name}", "evaluate", ("--model", model, *task, "--n", config.eval_n, "--samples",
-                                           config.eval_samples, "--max-new-tokens", config.max_new_tokens, *machine),
-              folder / f"eval-{name}.json", "--json") for name, model in models.items()]
+        Stage(f"eval-{name}", f"python evaluate.py --model {model} {task} --n {config.eval_n} "
+              f"--samples {config.eval_samples} --max-new-tokens {config.max_new_tokens} {machine} "
+              f"--json {folder}/eval-{name}.json") for name, model in models.items()]
 
 
 def parameters(directory) -> int:
     """Of a checkpoint, by its weight files; tied embeddings are stored, and count, once."""
     from safetensors import safe_open
 
-    from directories import find_directory
+    from machinery.checkpoints import find_directory
     total = 0
     for path in find_directory(directory).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -175,7 +178,7 @@ def check_logits(config: Config) -> None:
     """Raises ValueError where teacher and student do not share a tokenizer."""
     from transformers import AutoTokenizer
 
-    from directories import find_directory
+    from machinery.checkpoints import find_directory
     from sft import Config as SftConfig
     from sft import check_same_tokenizer
     student, teacher = (AutoTokenizer.from_pretrained(find_directory(name))

@@ -14,17 +14,18 @@ DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 
 import json
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from countdown import check_task, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
-from general import SMALL_TALK, draw_question, is_good, question_prompt
-from model import DTYPES, check_dtype, load
-from rewards import (accuracy_reward, count_backtracks, count_verifications, extract_answer, format_reward, is_mixed,
-                     language_reward, needless_thinking, parse_expression, reflection_words, verify)
-from run_folder import bad_input_exits, parse_config
+from countdown import check_level_and_style, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
+from machinery.checkpoints import DTYPES, check_dtype, load
+from machinery.flags import bad_input_exits, parse_config
+from rewards import (REFLECTION_WORDS, WORD, accuracy_reward, chain_of_thought, extract_answer, format_reward,
+                     language_counts, language_reward, parse_expression, verify)
 from sampling import complete
+from tasks.general import SMALL_TALK, draw_question, is_good, needless_thinking, question_prompt
 
 GREETINGS = ("hello", "hi", "good morning", "how are you?", "thank you", "goodbye", "who are you?", "have a good day")
 GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer where fewer puzzles are asked
@@ -50,7 +51,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_task(self.level, self.style)
+        check_level_and_style(self.level, self.style)
         if min(self.n, self.samples, self.max_new_tokens, self.slots) < 1 or self.shots < 0:
             raise ValueError("expected n, samples, max_new_tokens and slots of at least 1 and shots of at least 0")
         check_dtype(self.dtype)
@@ -100,7 +101,41 @@ def majority_answer(completions: list[str], numbers) -> str | None:
     return expressions[votes.most_common(1)[0][0]] if votes else None
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# --------------------------------------------------------------------------------------- what is watched and never paid
+
+VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
+
+
+def reflection_words(completion: str) -> dict[str, int]:
+    """Each reflection word of either language in the CoT -> how often; whole words only, upper and lower case alike."""
+    words = Counter(WORD.findall(chain_of_thought(completion).lower()))
+    return {word: n for word, n in words.items() if any(word in known for known in REFLECTION_WORDS.values())}
+
+
+def count_backtracks(completion: str) -> int:
+    """How often the CoT left one line of attempts and went on to another.
+
+    An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
+    yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
+    and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
+    prose it is a rough count.
+    """
+    lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
+    attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
+    return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
+
+
+def count_verifications(completion: str) -> int:
+    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
+
+    Made for the searches of the tiny model; prose that verifies in other words counts as 0.
+    """
+    return len(VERIFICATION.findall(chain_of_thought(completion)))
+
+
+def is_mixed(completion: str) -> bool:
+    """Whether the CoT holds words of both languages; what R1-Zero drifts to, and what rejection sampling drops."""
+    return all(language_counts(completion).values())
 
 
 def describe(texts: list[str], completions, language: str = "en") -> dict[str, float]:
@@ -118,15 +153,17 @@ def describe(texts: list[str], completions, language: str = "en") -> dict[str, f
             "mixed": mean(map(is_mixed, texts))}
 
 
-def describe_step(parts: list[dict], texts, completions, language: str) -> dict[str, float]:
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def describe_step(rollouts, language: str) -> dict[str, float]:
     """The step's log: rewards and looks of its puzzles (of all completions where it has none), and beside them the
-    means of what only general prompts have."""
-    puzzles = [i for i, part in enumerate(parts) if "accuracy" in part] or range(len(parts))
-    row = {}
+    means of what only general prompts have. rollouts: machinery.rollouts.Rollout, of all processes."""
+    puzzles, row = [rollout for rollout in rollouts if "accuracy" in rollout.parts] or rollouts, {}
     for name in ("reward", "accuracy", "preference", "general_good", "general_thinking"):
-        values = [part[name] for i, part in enumerate(parts) if name in part and (name != "reward" or i in puzzles)]
+        values = [r.parts[name] for r in (puzzles if name == "reward" else rollouts) if name in r.parts]
         row |= {name: sum(values) / len(values)} if values else {}
-    return row | describe([texts[i] for i in puzzles], [completions[i] for i in puzzles], language)
+    return row | describe([r.text for r in puzzles], [r.completion for r in puzzles], language)
 
 
 def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tuple]:
@@ -157,7 +194,8 @@ def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[s
             questions += [question] if question["kind"] == "arithmetic" else []
     _, _, replies = complete(model, tokenizer, [question_prompt(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
-                             max_new_tokens=min(64, config.max_new_tokens), **settings)
+                             max_new_tokens=min(64, config.max_new_tokens), progress="greetings and sums",
+                             **settings)
     table = {"needless_thinking": sum(map(needless_thinking, replies[:n])) / n}
     if config.style == "tiny":
         good = [is_good(reply, question["good"]) for reply, question in zip(replies, questions)]
@@ -172,7 +210,8 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     prompts = [make_prompt(puzzle, config.style, tokenizer, examples) for puzzle in puzzles]
     settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    _, completions, texts = complete(model, tokenizer, repeated, max_new_tokens=config.max_new_tokens, **settings)
+    _, completions, texts = complete(model, tokenizer, repeated, max_new_tokens=config.max_new_tokens,
+                                     progress="held-out puzzles", **settings)
     groups = [texts[i * config.samples:(i + 1) * config.samples] for i in range(len(puzzles))]
     correct = [[accuracy_reward(text, *puzzle) for text in group] for puzzle, group in zip(puzzles, groups)]
     pass_1 = sum(sum(row) / config.samples for row in correct) / config.n

@@ -35,30 +35,6 @@ def group_advantages(rewards, *, normalize_std: bool = True):
     return advantages.masked_fill(same, 0.0)
 
 
-def process_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
-                       lengths: list[int]) -> list[list[float]]:
-    """Rewards of single steps -> an advantage per token, within one group. (DeepSeekMath, section 4.1.3.)
-
-    step_rewards and step_ends hold for each of the G completions a reward per step and the index of the token that ends
-    it; lengths are the completions' tokens. All step rewards of the group are normalised together, and a token's
-    advantage is the sum over the steps that end at it or later: it is paid for what it led to. A group without two
-    different step rewards gets zeros.
-    """
-    flat = torch.tensor([reward for rewards in step_rewards for reward in rewards])
-    if len(flat) < 2 or (flat == flat[0]).all():
-        return [[0.0] * length for length in lengths]
-    mean, std = flat.mean().item(), flat.std(correction=0).item() + 1e-6
-    advantages = []
-    for rewards, ends, length in zip(step_rewards, step_ends, lengths, strict=True):
-        row = [0.0] * length
-        for reward, end in zip(rewards, ends, strict=True):
-            row[end] += (reward - mean) / std
-        for t in range(length - 2, -1, -1):
-            row[t] += row[t + 1]
-        advantages.append(row)
-    return advantages
-
-
 def k3_kl(logprobs, ref_logprobs):
     """Estimates KL(policy || ref_policy) per token, nats, from tokens the policy sampled. (B, T), (B, T) -> (B, T).
 
@@ -72,11 +48,11 @@ def k3_kl(logprobs, ref_logprobs):
 
 
 def token_weights(mask, average: str = "token", *, max_new_tokens: int | None = None):
-    """What each completion token counts in the loss, before dividing by num_tokens. mask (B, T) of 0 and 1 -> (B, T).
+    """What each completion token counts in the loss, before dividing by the loss's divisor. mask (B, T) of 0 and 1 -> (B, T).
 
-    token:     1. With num_tokens = all completion tokens of the step: every token counts the same.
-    sequence:  1 / length of its completion. With num_tokens = completions of the step: GRPO as published.
-    constant:  1 / max_new_tokens. With num_tokens = completions of the step: Dr. GRPO, no length in it at all.
+    token:     1. With divisor = all completion tokens of the step: every token counts the same.
+    sequence:  1 / length of its completion. With divisor = completions of the step: GRPO as published.
+    constant:  1 / max_new_tokens. With divisor = completions of the step: Dr. GRPO, no length in it at all.
     """
     if average == "token":
         return mask
@@ -87,7 +63,7 @@ def token_weights(mask, average: str = "token", *, max_new_tokens: int | None = 
     raise ValueError(f"got average {average!r}, expected token, sequence or constant")
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low: float = 0.2, clip_high: float = 0.2,
+def grpo_loss(logprobs, old_logprobs, advantages, mask, *, divisor, clip_low: float = 0.2, clip_high: float = 0.2,
               ref_logprobs=None, kl_coef: float = 0.0):
     """The clipped surrogate, negated, plus the KL penalty. Returns (loss, dict of floats).
 
@@ -96,10 +72,10 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
 
     logprobs      (B, T) nats, of the policy that trains, at the sampling temperature; the only argument with a gradient
     old_logprobs  (B, T) of the policy that sampled, as the sampler recorded them
-    advantages    (B,)   one number a completion; or (B, T), a number a token (process_advantages)
+    advantages    (B,)   one number a completion; or (B, T), a number a token, as a process reward model gives
     mask          (B, T) weight of each token (token_weights), 0 on prompts and padding; what stands there, NaN
                   included, has no effect
-    num_tokens    completion tokens of the whole optimizer step, over all micro-batches and ranks; with the weights
+    divisor       completion tokens of the whole optimizer step, over all micro-batches and ranks; with the weights
                   "sequence" and "constant" the number of its completions instead
     clip_low, clip_high   the ratio is clipped to [1 - clip_low, 1 + clip_high]; DAPO's clip-higher raises clip_high
     """
@@ -117,5 +93,5 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, num_tokens, clip_low:
         k3 = k3_kl(logprobs, ref_logprobs.masked_fill(~used, 0.0))
         objective = objective - kl_coef * k3
         parts["k3_kl_ref"] = k3
-    loss = -(objective * mask).sum() / num_tokens
+    loss = -(objective * mask).sum() / divisor
     return loss, {name: value[used].float().sum().item() for name, value in parts.items()}

@@ -1,30 +1,22 @@
 """A Qwen-class decoder in one file: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU.
 
-Reads and writes Hugging Face directories of Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (norms on q and k) and Llama (rope
-scaling): what save() writes, AutoModelForCausalLM loads, with equal logits. Parameters carry the names of those
-checkpoints, so that a state dict needs no translation.
+Computes Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (norms on q and k) and Llama (rope scaling), with the logits of
+transformers. Parameters carry the names of those checkpoints, so that a state dict needs no translation. To read and
+write one is the work of machinery/checkpoints.py; adapters (LoRA) are put on by machinery/lora.py.
 
 Shapes: B sequences, T tokens, V vocabulary, D width, L layers, H query heads, K key/value heads, E head dimension, S
 columns of the cache, W of them in use.
 """
 
-import copy
 import math
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from directories import check_device, find_directory, read_directory, replace_directory
-from kv_cache import KVCache
-
 FAMILIES = ("qwen2", "qwen3", "llama")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,63 @@ def read_config(hf_config) -> ModelConfig:
         context=hf_config.max_position_embeddings)
 
 
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that a new token costs one column of attention and not a whole pass.
+
+    Every layer, B rows, S columns. All rows write into the same column, whatever their lengths.
+
+    Rows of different age share one cursor: the caller's mask says which columns belong to a row, and positions are the
+    caller's too, so a row may begin at any column. Then appending a token is one slice copy, and attention reads one
+    contiguous window.
+    """
+
+    def __init__(self, config, rows: int, columns: int, *, device=None, dtype=torch.float32):
+        shape = (config.num_layers, rows, config.num_kv_heads, columns, config.head_dim)  # (L, B, K, S, E)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.begin = 0  # first column that any row uses
+        self.end = 0    # the cursor: the next column to write
+        self.cursor = torch.zeros(1, dtype=torch.long, device=device)  # the same number on the device
+
+    def append(self, layer: int, keys, values):
+        """Writes (B, K, T, E) at the cursor and returns the window (B, K, W, E) of all columns in use."""
+        stop = self.end + keys.shape[2]
+        self.keys[layer, :, :, self.end:stop] = keys
+        self.values[layer, :, :, self.end:stop] = values
+        return self.keys[layer, :, :, self.begin:stop], self.values[layer, :, :, self.begin:stop]
+
+    @property
+    def stop(self) -> int:
+        """The end of the window that a single new token sees."""
+        return self.end + 1
+
+    def advance(self, columns: int) -> None:
+        """Moves the cursor, once all layers have appended."""
+        self.move_cursor(self.end + columns)
+
+    def move_cursor(self, column: int) -> None:
+        self.end = column
+        self.cursor.fill_(column)
+
+    def shrink(self, rows: int, holes: list[int], movers: list[int]) -> None:
+        """Forgets all but the first `rows` rows, after rows `movers` were copied into rows `holes`. In place."""
+        window = slice(self.begin, self.end)
+        for tensor in (*self.keys, *self.values):  # (B, K, S, E)
+            tensor[holes, :, window] = tensor[movers, :, window]
+        self.keys, self.values = self.keys[:, :rows], self.values[:, :rows]
+
+    def shift_left(self, columns: int) -> None:
+        """Moves everything in use this many columns to the left, to make room at the right end. A layer at a time, so
+        that there is never a second cache."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, :self.end - columns] = tensor[:, :, columns:self.end].clone()
+        self.begin -= columns
+        self.move_cursor(self.end - columns)
+
+
 # ---------------------------------------------------------------------------------------------------------- the decoder
 
 
@@ -89,11 +138,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x W^T + bias; with an adapter on top, + scale * (x A^T) B^T (LoRA, arXiv 2106.09685, equation 3)."""
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.lora_a = self.lora_b = None
+    """x W^T + bias."""
 
     def forward(self, x):
         rows, wide = x.numel() // x.shape[-1], self.out_features > self.in_features
@@ -101,12 +146,8 @@ class Linear(nn.Linear):
             # a CPU reads a large matrix 2 to 6 times faster for W X^T than for X W^T if X has 2 to 8 rows, or 1 doubled
             columns = x.reshape(rows, -1).repeat(1 + (rows == 1), 1).t()  # (in, rows)
             y = torch.mm(self.weight, columns).t()[:rows].reshape(*x.shape[:-1], self.out_features)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = super().forward(x)
-        if self.lora_a is None or not self.adapted:
-            return y
-        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +239,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """input_ids (B, T) -> logits (B, T, V). `hf_config` is kept so that save() writes back what was read."""
+    """input_ids (B, T) -> logits (B, T, V). `hf_config` is kept so that a checkpoint says what was read."""
 
     def __init__(self, hf_config):
         super().__init__()
@@ -249,64 +290,6 @@ class Model(nn.Module):
         return self.lm_head(hidden) if head is None else head(self.lm_head, hidden)
 
 
-# ----------------------------------------------------------------------------------------------------------------- LoRA
-
-
-def add_lora(model: Model, rank: int, alpha: float, seed: int) -> None:
-    """Freezes the model and puts an adapter on every matrix of its blocks: W + alpha / rank * B A, with A (rank, in)
-    and B (out, rank). A is random and B zero, so that training starts from the frozen model.
-
-    A matrix of 2,048 x 11,008 trains 13,056 numbers per unit of rank, instead of 22.5 million.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
-    for module in lora_layers(model):
-        a = torch.randn(rank, module.in_features, generator=generator) * module.in_features ** -0.5
-        module.lora_a = nn.Parameter(a.to(module.weight))
-        module.lora_b = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
-        module.scale, module.adapted = alpha / rank, True
-
-
-def lora_layers(model: Model) -> list[Linear]:
-    return [module for module in model.model["layers"].modules() if isinstance(module, Linear)]
-
-
-@contextmanager
-def merged(model: Model):
-    """Inside, W + scale * B A stands in W's place: sampling costs nothing extra, and save() writes a plain checkpoint.
-
-    Rounding makes "add, then subtract" inexact, so the frozen weights are put back from a copy in host memory. In bf16
-    the sum itself is rounded, and what is less than half a step of W is lost: sampler and trainer differ by that, and
-    logprob_gap says how much. A model without adapters is left as it is.
-    """
-    layers = [module for module in lora_layers(model) if module.lora_a is not None]
-    with torch.no_grad():
-        for module in layers:
-            if not hasattr(module, "frozen"):
-                module.frozen = module.weight.to("cpu", copy=True)  # once: these weights never change
-            module.weight += module.scale * (module.lora_b.float() @ module.lora_a.float())
-            module.adapted = False
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module in layers:
-                module.weight.copy_(module.frozen)
-                module.adapted = True
-
-
-@contextmanager
-def without_lora(model: Model):
-    """Inside, the model is the frozen one: the KL's reference, without a second copy."""
-    for module in lora_layers(model):
-        module.adapted = False
-    try:
-        yield
-    finally:
-        for module in lora_layers(model):
-            module.adapted = True
-
-
 def init_weights(model: Model, seed: int) -> None:
     """Random weights: normal with deviation 0.02, as in Qwen and Llama; projections into the residual stream less."""
     generator = torch.Generator().manual_seed(seed)
@@ -320,74 +303,8 @@ def init_weights(model: Model, seed: int) -> None:
                 parameter.zero_()
 
 
-# ---------------------------------------------------------------------------------------------------------- directories
-
-
-def load(path_or_id, *, dtype=torch.float32, device="cpu"):
-    """A Hugging Face directory or hub id -> (model, tokenizer).
-
-    Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
-    by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend.
-    """
-    check_device(device)
-    directory = find_directory(path_or_id)
-    hf_config, tokenizer, state = read_directory(directory, FAMILIES)
-    with torch.device("meta"):
-        model = Model(hf_config)
-    if model.config.tied_embeddings:
-        state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
-    expected = set(model.state_dict())
-    if state.keys() != expected:
-        raise ValueError(f"got weights in {directory} that do not fit its config: "
-                         f"missing {sorted(expected - state.keys())[:3]}, "
-                         f"unexpected {sorted(state.keys() - expected)[:3]}")
-    for name, parameter in model.state_dict().items():
-        if state[name].shape != parameter.shape:
-            raise ValueError(f"got {name} of shape {tuple(state[name].shape)} in {directory}, "
-                             f"expected {tuple(parameter.shape)} by its config")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    if model.config.tied_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
-    model.cos, model.sin = rotary_tables(model.config)  # buffers are computed, not stored
-    return model.to(device), tokenizer
-
-
-def check_dtype(name: str) -> None:
-    if name not in DTYPES:
-        raise ValueError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
-
-
-def end_tokens(model: Model, tokenizer) -> set[int]:
-    """The token ids that end a completion: the tokenizer's EOS and those of the config (chat models name several)."""
-    from_config = getattr(model.hf_config, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
-
-
 def set_context(model: Model, context: int) -> None:
     """Room for so many tokens. Rotary positions need no new weights, only rows of training that use them."""
     model.hf_config.max_position_embeddings = context
     model.config = read_config(model.hf_config)
     model.cos, model.sin = (table.to(model.cos.device) for table in rotary_tables(model.config))
-
-
-def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
-    """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model.
-
-    state: the state dict to write, where the model's own tensors are split over processes.
-    """
-    from safetensors.torch import save_file
-
-    directory = Path(directory)
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    hf_config = copy.deepcopy(model.hf_config)
-    hf_config.dtype = model.lm_head.weight.dtype  # else a checkpoint read as bf16 and trained in fp32 is rounded again
-    hf_config.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()
-             if "lora_" not in name}
-    if model.config.tied_embeddings:
-        state.pop("lm_head.weight", None)
-    save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
-    replace_directory(staging, directory)

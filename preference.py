@@ -6,19 +6,20 @@ model whose last layer is one number is all it is; the Bradley-Terry model (1952
 
     P(chosen over rejected) = sigmoid(score(prompt, chosen) - score(prompt, rejected))
 
-    python general.py pairs --n 3000 --out data/pairs.jsonl
+    python -m tasks.general pairs --n 3000 --out data/pairs.jsonl
     python preference.py --data data/pairs.jsonl --out runs/preference     # half a minute on 2 cores
     python preference.py --model runs/preference/checkpoint --say "hello" "hello, how can i help you?" "go away"
 
 You see the share of held-out pairs that it orders right, for each flaw of the rejected reply. The checkpoint is a
 Hugging Face directory that AutoModelForSequenceClassification loads. What happens to a policy that trains on such a
-score for too long is in the README: the score goes on rising when the replies no longer get better.
+score for too long is in docs/r1.md: the score goes on rising when the replies no longer get better.
 
 Shapes: B replies, T tokens, D width.
 """
 
 import math
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -29,12 +30,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from batching import micro_batches, pad_rows
-from directories import check_device, find_directory, read_directory
-from model import DTYPES, FAMILIES, Model, check_dtype, load, save
-from optimizer import MasterAdamW, clip_gradients
-from rewards import final_reply
-from run_folder import append_jsonl, bad_input_exits, create_run, fail, parse_config, read_jsonl
+from machinery.batching import micro_batches, pad_rows
+from machinery.checkpoints import DTYPES, check_device, check_dtype, find_directory, load, read_directory, save
+from machinery.flags import bad_input_exits, fail, parse_config
+from machinery.optimizer import MasterAdamW, clip_gradients
+from machinery.run_folder import append_jsonl, create_run, read_jsonl
+from model import Model
+from rewards import END_THINK, THINK
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class RewardModel(nn.Module):
 def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):
     """What save_reward_model wrote -> (reward model, tokenizer). Raises ValueError for a plain language model."""
     check_device(device)
-    hf_config, tokenizer, state = read_directory(find_directory(directory), FAMILIES)
+    hf_config, tokenizer, state = read_directory(find_directory(directory))
     if "score.weight" not in state:
         raise ValueError(f"got {directory}, which is a language model; expected a reward model: "
                          "python preference.py --data PAIRS.jsonl makes one")
@@ -106,6 +108,14 @@ def save_reward_model(reward_model: RewardModel, tokenizer, directory) -> None:
     save(backbone, tokenizer, directory, {**state, "score.weight": reward_model.score.weight})
 
 
+def final_reply(completion: str) -> str:
+    """What the user sees: all but the chain of thought, without white space around it; nothing where it never ends.
+
+    The only thing that a reward model judges (section 2.3.4: helpfulness by the final summary alone).
+    """
+    return re.sub(f"{THINK}.*?({END_THINK}|$)", "", completion, flags=re.DOTALL).strip()
+
+
 def rows_to_score(tokenizer, prompts: list[str], completions: list[str]) -> list[list[int]]:
     """Ids of prompt, final reply and EOS; the chain of thought is taken out before."""
     if not prompts:
@@ -125,8 +135,8 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
     context = reward_model.backbone.config.context
     rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions)]
     scores = [0.0] * len(rows)
-    for group in micro_batches(list(map(len, rows)), token_budget):
-        for i, score in zip(group, reward_model([rows[i] for i in group]).tolist()):
+    for micro_batch in micro_batches(list(map(len, rows)), token_budget):
+        for i, score in zip(micro_batch, reward_model([rows[i] for i in micro_batch]).tolist()):
             scores[i] = score
     return scores
 
@@ -150,19 +160,19 @@ def read_pairs(path: str, tokenizer, context: int) -> list[dict]:
 
 
 def margins(reward_model, pairs: list[dict], token_budget: int):
-    """Yields (score(chosen) - score(rejected), indices) for one micro-batch after the other."""
-    for group in micro_batches([2 * max(len(p["chosen"]), len(p["rejected"])) for p in pairs], token_budget):
-        scores = reward_model([pairs[i][side] for side in ("chosen", "rejected") for i in group])  # (2B,)
-        yield scores[:len(group)] - scores[len(group):], group
+    """Yields (score(chosen) - score(rejected), indices of the pairs) for one micro-batch after the other."""
+    for rows in micro_batches([2 * max(len(p["chosen"]), len(p["rejected"])) for p in pairs], token_budget):
+        scores = reward_model([pairs[i][side] for side in ("chosen", "rejected") for i in rows])  # (2B,)
+        yield scores[:len(rows)] - scores[len(rows):], rows
 
 
 @torch.no_grad()
 def agreement(reward_model, pairs: list[dict], token_budget: int) -> dict[str, float]:
     """Share of pairs ordered as the data says, in all and for each flaw; and the Bradley-Terry loss, nats a pair."""
     right, losses = defaultdict(list), []
-    for margin, group in margins(reward_model, pairs, token_budget):
+    for margin, rows in margins(reward_model, pairs, token_budget):
         losses += F.softplus(-margin).tolist()
-        for i, m in zip(group, margin.tolist()):
+        for i, m in zip(rows, margin.tolist()):
             right["all"].append(m > 0)
             if pairs[i]["flaw"] != "all":
                 right[pairs[i]["flaw"]].append(m > 0)
@@ -209,8 +219,7 @@ def main() -> None:
         norm = clip_gradients(optimizer.gradients(), config.clip_norm)
         if not math.isfinite(norm):
             fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one. Lower --learning-rate")
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min((step + 1) / 10, 1 - step / steps)
+        optimizer.set_learning_rate(config.learning_rate * min((step + 1) / 10, 1 - step / steps))
         optimizer.step()
         reward_model.zero_grad()
         append_jsonl(run / "metrics.jsonl", {"step": step + 1, "loss": total, "gradient_norm": norm})

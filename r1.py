@@ -11,21 +11,23 @@
     python r1.py --only rl                # one stage, once what it needs is there
     python r1.py --from sft               # that stage and all that follow, again
 
-A stage that is done is skipped (stages.py says what done means), so after Ctrl-C, a kill or a changed flag the same
+A stage that is done is skipped (machinery/stages.py says what done means), so after Ctrl-C, a kill or a changed flag the same
 command goes on where it has to. You end with runs/r1/table.md, table.json and ladder.png: what each stage changed.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import distill
-from countdown import check_task
+from countdown import check_level_and_style
 from evaluate import wilson_interval
-from model import check_dtype
-from plots import plot_hacking, plot_ladder
-from run_folder import bad_input_exits, parse_config, read_jsonl
-from stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
+from machinery.checkpoints import check_dtype
+from machinery.flags import bad_input_exits, parse_config
+from machinery.plots import plot_hacking, plot_ladder
+from machinery.run_folder import read_jsonl
+from machinery.stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_task(self.level, self.style)
+        check_level_and_style(self.level, self.style)
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
@@ -83,76 +85,73 @@ def student_config(config: Config, seed: int) -> distill.Config:
 
 def all_stages(config: Config, seed: int) -> list[Stage]:
     """The recipe, in order."""
-    folder = Path(config.out) / f"seed{seed}"
-    task = ("--level", config.level, "--style", config.style)
-    machine = ("--device", config.device, "--dtype", config.dtype)
-    template = ("--style", "chat", "--model", config.model) if config.style == "chat" else ()
-    new = ("--max-new-tokens", config.max_new_tokens, "--seed", seed, *machine)
-    asked = ("--n", config.puzzles, "--samples", config.samples)
-    rl = (*task, *new, "--eval-n", config.eval_n, *config.rl_flags.split())
-    first_rl = ("--steps", config.zero_steps, "--learning-rate", config.rl_learning_rate, *rl)
-    later_rl = (*rl, "--steps", config.rl_steps, "--learning-rate", config.rl2_learning_rate)
-    one_language = ("--language-weight", config.language_weight)
-    sft = ("--model", config.model, "--learning-rate", config.sft_learning_rate, "--batch-tokens", 4096, "--eval-rows",
-           max(1, config.eval_n // 2), "--seed", seed, *machine)
+    folder, base = (shlex.quote(str(path)) for path in (Path(config.out) / f"seed{seed}", config.model))
+    task = f"--level {config.level} --style {config.style}"
+    machine = f"--device {config.device} --dtype {config.dtype}"
+    new = f"--max-new-tokens {config.max_new_tokens} --seed {seed} {machine}"
+    asked = f"{task} {new} --n {config.puzzles} --samples {config.samples}"
+    template = f"--style chat --model {base} " if config.style == "chat" else ""
+    rl = f"{task} {new} --eval-n {config.eval_n} --rollouts sampled {config.rl_flags}"
+    zero = f"--model {base} --steps {config.zero_steps} --learning-rate {config.rl_learning_rate} {rl}"
+    later = f"--steps {config.rl_steps} --learning-rate {config.rl2_learning_rate} {rl}"
+    language = f"--language-weight {config.language_weight}"
+    general = f"--general {folder}/questions.jsonl --preference {folder}/preference/checkpoint"
+    sft = (f"--model {base} --epochs 2 --learning-rate {config.sft_learning_rate} --batch-tokens 4096 "
+           f"--eval-rows {max(1, config.eval_n // 2)} --seed {seed} {machine}")
+    measured = f"--style {config.style} --n {config.eval_n} --max-new-tokens {config.max_new_tokens} {machine}"
 
-    def checkpoint(name):
-        return folder / name / "checkpoint"
-
-    def evaluation(name, model=None, kind="eval", level=config.level, samples=config.eval_samples):
-        return Stage(f"{kind}-{name}", "evaluate", (
-            "--model", model or checkpoint(name), "--level", level, "--style", config.style, "--n", config.eval_n,
-            "--samples", samples, "--max-new-tokens", config.max_new_tokens, *machine),
-            folder / f"{kind}-{name}.json", "--json")
-
-    general = ("--general", folder / "questions.jsonl", "--preference", checkpoint("preference"))
+    def evaluation(name: str, model: str = "") -> Stage:
+        return Stage(f"eval-{name}", f"python evaluate.py --model {model or f'{folder}/{name}/checkpoint'} --level "
+                     f"{config.level} {measured} --samples {config.eval_samples} --json {folder}/eval-{name}.json")
 
     stages = [
         # 1. R1-Zero: RL on the base, rules only
-        evaluation("base", config.model),
-        Stage("zero", "train_countdown", ("--model", config.model, *first_rl), folder / "zero"),
+        evaluation("base", base),
+        Stage("zero", f"python train_countdown.py {zero} --out {folder}/zero"),
         evaluation("zero"),
         #    and once more with the language reward: what it removes, and what it costs
-        Stage("zero-language", "train_countdown", ("--model", config.model, *first_rl, *one_language),
-              folder / "zero-language"),
+        Stage("zero-language", f"python train_countdown.py {zero} {language} --out {folder}/zero-language"),
         evaluation("zero-language"),
         # 2. the cold start: its readable English completions, and SFT of the base on them
-        Stage("cold-data", "rejection", ("--model", checkpoint("zero"), *task, *new, *asked), folder / "cold.jsonl"),
-        Stage("cold-start", "sft", ("--data", folder / "cold.jsonl", "--epochs", 2, *sft), folder / "cold-start"),
+        Stage("cold-data", f"python rejection.py --model {folder}/zero/checkpoint {asked} --out {folder}/cold.jsonl"),
+        Stage("cold-start", f"python sft.py --data {folder}/cold.jsonl {sft} --out {folder}/cold-start"),
         evaluation("cold-start"),
         # 3. RL with accuracy, format and language; and without language, to see what is left for that reward to do
-        Stage("rl", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl, *one_language), folder / "rl"),
+        Stage("rl", f"python train_countdown.py --model {folder}/cold-start/checkpoint {later} {language} "
+              f"--out {folder}/rl"),
         evaluation("rl"),
-        Stage("rl-no-language", "train_countdown", ("--model", checkpoint("cold-start"), *later_rl),
-              folder / "rl-no-language"),
+        Stage("rl-no-language", f"python train_countdown.py --model {folder}/cold-start/checkpoint {later} "
+              f"--out {folder}/rl-no-language"),
         evaluation("rl-no-language"),
         # 4. the "600k + 200k" in small: three parts reasoning from that checkpoint, one part replies without thinking
-        Stage("replies", "general", ("replies", "--n", max(3000, 2 * config.puzzles), "--seed", seed,
-                                      *template), folder / "replies.jsonl"),
-        Stage("r1-data", "rejection", ("--model", checkpoint("rl"), "--non-cot", folder / "replies.jsonl", *task, *new,
-                                       *asked), folder / "r1-data.jsonl"),
-        Stage("sft", "sft", ("--data", folder / "r1-data.jsonl", "--epochs", 2, *sft), folder / "sft"),
+        Stage("replies", f"python -m tasks.general replies --n {max(3000, 2 * config.puzzles)} --seed {seed} {template}"
+              f"--out {folder}/replies.jsonl"),
+        Stage("r1-data", f"python rejection.py --model {folder}/rl/checkpoint --non-cot {folder}/replies.jsonl {asked} "
+              f"--out {folder}/r1-data.jsonl"),
+        Stage("sft", f"python sft.py --data {folder}/r1-data.jsonl {sft} --out {folder}/sft"),
         evaluation("sft"),
-        # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts; and what
-        #    becomes of a policy that goes on with the reward model alone
-        Stage("pairs", "general", ("pairs", "--n", config.pairs, "--seed", seed, *template), folder / "pairs.jsonl"),
-        Stage("preference", "preference", ("--data", folder / "pairs.jsonl", "--model", config.model, "--seed", seed,
-                                           *machine), folder / "preference"),
-        Stage("questions", "general", ("questions", "--n", 1000, "--seed", seed, *template),
-              folder / "questions.jsonl"),
-        Stage("rl-all", "train_countdown", ("--model", checkpoint("sft"), *later_rl, *one_language, *general,
-                                            "--general-steps", config.general_steps), folder / "rl-all"),
+        # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts
+        Stage("pairs", f"python -m tasks.general pairs --n {config.pairs} --seed {seed} {template}"
+              f"--out {folder}/pairs.jsonl"),
+        Stage("preference", f"python preference.py --data {folder}/pairs.jsonl --model {base} --seed {seed} {machine} "
+              f"--out {folder}/preference"),
+        Stage("questions", f"python -m tasks.general questions --n 1000 --seed {seed} {template}"
+              f"--out {folder}/questions.jsonl"),
+        Stage("rl-all", f"python train_countdown.py --model {folder}/sft/checkpoint {later} {language} {general} "
+              f"--general-steps {config.general_steps} --out {folder}/rl-all"),
         evaluation("rl-all"),
-        Stage("hacking", "train_countdown", ("--model", checkpoint("rl-all"), *rl, *general, "--steps",
-                                             config.hacking_steps, "--learning-rate", config.rl_learning_rate,
-                                             "--general-steps", config.hacking_steps, "--general-share", 1),
-              folder / "hacking"),
+        #    and what becomes of a policy that goes on with the reward model alone: R1-Zero's learning rate, general
+        #    prompts only, and for so many steps
+        Stage("hacking", f"python train_countdown.py --model {folder}/rl-all/checkpoint {rl} {general} "
+              f"--steps {config.hacking_steps} --learning-rate {config.rl_learning_rate} "
+              f"--general-steps {config.hacking_steps} --general-share 1 --out {folder}/hacking"),
         evaluation("hacking"),
     ]
     # 6. the student, and what nobody trained on: one number more
     stages += distill.student_stages(student_config(config, seed))
     if config.level == "laptop":
-        stages += [evaluation(name, None, "four", "laptop4", 1) for name in ("zero", "rl-all", "distill")]
+        stages += [Stage(f"four-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --level laptop4 {measured} "
+                         f"--samples 1 --json {folder}/four-{name}.json") for name in ("zero", "rl-all", "distill")]
     return stages
 
 
@@ -205,7 +204,7 @@ def collect(config: Config) -> dict:
 
 
 def markdown(table: dict) -> str:
-    """The table as the README shows it."""
+    """The table as docs/r1.md shows it."""
     lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} held-out puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
              "| stage | pass@1 (95% interval) | of the seeds | English | mixed | format | tokens | needless "
@@ -235,7 +234,7 @@ def main() -> None:
             for number, stage in enumerate(stages, 1):
                 done = is_done(folder, stage)
                 if config.list:
-                    print(f"{'done' if done else '    '} {stage.name:>16}  {stage.command}")
+                    print(f"{'done' if done else '    '} {stage.name:>16}  {stage.short_command}")
                 elif not config.only or stage.name == config.only:
                     if done and config.from_ and number > names.index(config.from_):
                         set_aside(stage.out)

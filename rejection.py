@@ -27,12 +27,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from countdown import Puzzle, check_task, make_prompt, sample_puzzles
-from model import DTYPES, check_dtype, load
+from countdown import Puzzle, check_level_and_style, make_prompt, sample_puzzles
+from machinery.checkpoints import DTYPES, check_dtype, load
+from machinery.flags import bad_input_exits, fail, parse_config
+from machinery.run_folder import append_jsonl, read_jsonl, saved_checkpoint
+from machinery.stages import fingerprint
 from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
-from run_folder import append_jsonl, bad_input_exits, fail, parse_config, read_jsonl, saved_checkpoint
 from sampling import Completion, complete
-from stages import fingerprint
 
 CHUNK = 2048  # completions that are sampled, filtered and written down together
 
@@ -53,7 +54,7 @@ class Config:
     language: str = "en"             # drop completions with a word of another language
     per_puzzle: int = 4              # keep at most this many different completions of a puzzle
     limit: int = 0                   # keep at most this many rows, drawn at random; 0: all
-    non_cot: str = ""                # JSONL of rows without thinking to mix in (general.py replies)
+    non_cot: str = ""                # JSONL of rows without thinking to mix in (tasks.general replies)
     non_cot_share: float = 0.25      # their share of the dataset; DeepSeek-R1: 200k of 800k
     rounds: int = 1                  # after each but the last, fine-tune --base on all rows so far and sample from that
     base: str = "models/tiny-base"   # what --rounds fine-tunes
@@ -64,7 +65,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_task(self.level, self.style)
+        check_level_and_style(self.level, self.style)
         check_dtype(self.dtype)
         for name in ("n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats", "per_puzzle",
                      "rounds", "slots"):
@@ -215,14 +216,14 @@ def main() -> None:
         for number, row in enumerate(non_cot, 1):
             if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
                 raise ValueError(f"got {config.non_cot}, line {number} without text in prompt and completion; "
-                                 "expected both, as general.py replies writes them")
+                                 "expected both, as python -m tasks.general replies writes them")
         most = config.n * min(config.samples, config.per_puzzle) * config.rounds
         most = min(most, config.limit or most)
         wanted = math.ceil(most * config.non_cot_share / (1 - config.non_cot_share))
         if config.non_cot and len(non_cot) < wanted:  # said now, and not when the sampling is done
             raise ValueError(f"got {len(non_cot)} rows in {config.non_cot}, expected {wanted}: a share of "
                              f"{config.non_cot_share} beside up to {most} rows with thinking; write more "
-                             "(python general.py replies), or lower --n, --per-puzzle, --limit or --non-cot-share")
+                             "(python -m tasks.general replies), or lower --n, --per-puzzle, --limit or --non-cot-share")
         out.parent.mkdir(parents=True, exist_ok=True)
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it

@@ -149,19 +149,6 @@ def format_reward(completion: str) -> float:
     return float(bool(in_place and think.removeprefix(THINK).strip() and answer.removesuffix(END_ANSWER).strip()))
 
 
-def needless_thinking(completion: str) -> bool:
-    """Whether a think or answer tag stands in it. For greetings, which want a reply and no search."""
-    return any(tag in completion for tag in TAGS)
-
-
-def final_reply(completion: str) -> str:
-    """What the user sees: all but the chain of thought, without white space around it; nothing where it never ends.
-
-    The only thing that a reward model judges (section 2.3.4: helpfulness by the final summary alone).
-    """
-    return re.sub(f"{THINK}.*?({END_THINK}|$)", "", completion, flags=re.DOTALL).strip()
-
-
 # ------------------------------------------------------------------------------------------------------------- language
 
 REFLECTION_WORDS = {  # the English ones are those that the paper counts over the training of R1-Zero
@@ -188,8 +175,6 @@ COMMON_WORDS = {  # a word of both languages (was, die, an, in, so, war) stands 
 }
 ONLY_IN = {"en": COMMON_WORDS["en"] - COMMON_WORDS["de"], "de": COMMON_WORDS["de"] - COMMON_WORDS["en"]}
 WORD = re.compile(r"[^\W\d_]{2,}")  # a run of letters; a single letter is more often a variable than a word
-
-VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
 
 
 def chain_of_thought(completion: str) -> str:
@@ -223,41 +208,6 @@ def language_reward(completion: str, language: str = "en") -> float:
                          "a new one needs its list in COMMON_WORDS")
     counts = language_counts(completion)
     return counts[language] / sum(counts.values()) if any(counts.values()) else 1.0
-
-
-def is_mixed(completion: str) -> bool:
-    """Whether the CoT holds words of both languages; what R1-Zero drifts to, and what rejection sampling drops."""
-    return all(language_counts(completion).values())
-
-
-# ---------------------------------------------------------------------------------------------------- what the CoT does
-
-
-def reflection_words(completion: str) -> dict[str, int]:
-    """Each reflection word of either language in the CoT -> how often; whole words only, upper and lower case alike."""
-    words = Counter(WORD.findall(chain_of_thought(completion).lower()))
-    return {word: n for word, n in words.items() if any(word in known for known in REFLECTION_WORDS.values())}
-
-
-def count_backtracks(completion: str) -> int:
-    """How often the CoT left one line of attempts and went on to another.
-
-    An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
-    yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
-    and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
-    prose it is a rough count.
-    """
-    lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
-    attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
-    return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
-
-
-def count_verifications(completion: str) -> int:
-    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
-
-    Made for the searches of the tiny model; prose that verifies in other words counts as 0.
-    """
-    return len(VERIFICATION.findall(chain_of_thought(completion)))
 
 
 # -------------------------------------------------------------------------------------------------------------- the sum

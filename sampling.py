@@ -1,9 +1,12 @@
-"""The sampling loop: prompts in, completions with their log-probs out, at the speed of the rows that are still writing.
+"""The sampling loop: prompts in, completions with their log-probs out.
 
-A padded batch waits for its longest row. Here rows live in slots that stay full: a finished row makes room for the next
-prompt, and when no prompt is left the remaining rows are moved together. The prompt of a group is read once, then its
-keys and values are copied to the group's rows. All rows write into the same cache column, the cursor (kv_cache.py),
-so a row is its column range:
+sample_plainly() is all that it means, in a dozen lines: one row, no cache. sample() writes the same tokens at the speed
+of the rows that are still writing, and is the one that scripts call; the tests hold it to the plain one.
+
+A padded batch waits for its longest row. In sample() rows live in slots that stay full: a finished row makes room for
+the next prompt, and when no prompt is left the remaining rows are moved together. The prompt of a group is read once,
+then its keys and values are copied to the group's rows. All rows write into the same cache column, the cursor
+(model.KVCache), so a row is its column range:
 
     columns   0  1  2  3  4  5  6  7 cursor
     row 0     .  p  p  t  t  t  t  t  <-       p prompt, t token, . not this row's: masked
@@ -12,7 +15,8 @@ so a row is its column range:
 Each completion draws from its own random stream, (seed, index), so its tokens do not depend on the rows that share its
 batch, on the number of slots or on the order in which others finish, up to ties within floating-point rounding.
 
-On a GPU a decoding step is one replay of a CUDA graph, and the host looks only every 16 steps at which rows are done.
+On a GPU a decoding step is one replay of a CUDA graph (machinery/cuda_graphs.py), and the host looks only every 16
+steps at which rows are done.
 
 R rows in use, V vocabulary, U different prompts in one prefill, N completions, M max_new_tokens; model.py explains the
 other letters.
@@ -24,10 +28,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from batching import micro_batches, pad_rows
-from kv_cache import KVCache, StaticKVCache
-from model import end_tokens
+from machinery.batching import micro_batches, pad_rows
+from machinery.checkpoints import end_tokens
+from machinery.cuda_graphs import Graphs, StaticKVCache
+from model import KVCache
 
 COLUMNS = 128           # a graph's window is a multiple of this
 
@@ -39,21 +45,40 @@ class Completion:
     truncated: bool        # no EOS within max_new_tokens
 
 
+@torch.no_grad()
+def sample_plainly(model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, eos_ids: set[int],
+                   seed: int) -> list[Completion]:
+    """The sampling loop written down: a token is the first whose cumulative probability exceeds the next random number.
+
+    Every token costs a pass over all tokens before it, which is what a KV cache saves.
+    """
+    completions = []
+    for index, prompt in enumerate(prompts):
+        uniforms, token_ids, logprobs = np.random.default_rng([seed, index]).random(max_new_tokens), [], []
+        while len(token_ids) < max_new_tokens and not (token_ids and token_ids[-1] in eos_ids):
+            logits = model(torch.tensor([prompt + token_ids]))[0, -1]  # (V,)
+            log_softmax = (logits / temperature).log_softmax(-1)
+            cumulative = np.cumsum(log_softmax.double().exp().numpy())
+            token_ids.append(int(np.argmax(cumulative > uniforms[len(token_ids)] * cumulative[-1])))
+            logprobs.append(log_softmax[token_ids[-1]].item())
+        completions.append(Completion(token_ids, logprobs, truncated=token_ids[-1] not in eos_ids))
+    return completions
+
+
 def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
     """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. settings go to sample().
 
     The text has no EOS, and where a prompt already ends in <think> the tag is put back, so that rewards always see
     <think>...</think>.
     """
-    unique = list(dict.fromkeys(prompts))
-    ids = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"]))
-    ends = end_tokens(model, tokenizer)
-    prompt_ids = [ids[prompt] for prompt in prompts]
-    completions = sample(model, prompt_ids, eos_ids=ends, **settings)
+    different = list(dict.fromkeys(prompts))  # the prompts of a group are tokenized once
+    ids_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"]))
+    prompt_ids = [ids_of[prompt] for prompt in prompts]
+    completions = sample(model, prompt_ids, eos_ids=end_tokens(model, tokenizer), **settings)
     without_eos = [c.token_ids if c.truncated else c.token_ids[:-1] for c in completions]
     texts = tokenizer.batch_decode(without_eos, skip_special_tokens=False)
-    texts = ["<think>" * prompt.endswith("<think>") + text for prompt, text in zip(prompts, texts)]
-    return prompt_ids, completions, texts
+    return prompt_ids, completions, ["<think>" * prompt.endswith("<think>") + text for prompt, text in
+                                     zip(prompts, texts)]
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
@@ -186,40 +211,19 @@ class Rows:
         self.begins -= columns
 
 
-class Graphs:
-    """Runs a decoding step as one launch. The step of a model with 28 layers is some 900 kernels, and to launch them
-    one by one takes longer than to run them.
-
-    A CUDA graph repeats the same kernels on the same memory, so there is one for each shape. A shape's first step runs
-    as it is, which also warms up what may not happen for the first time under capture. Without a GPU every step does.
-    """
-
-    def __init__(self, step, device):
-        self.step, self.capture, self.graphs, self.pool = step, device.type == "cuda", {}, None
-
-    def run(self, shape) -> None:
-        if shape in self.graphs:
-            self.graphs[shape].replay()
-            return
-        self.step()
-        if self.capture:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.step()  # recorded, not run
-            self.pool, self.graphs[shape] = graph.pool(), graph
-
-
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-           eos_ids, seed: int, slots: int = 256, first_index: int = 0, static: bool | None = None) -> list[Completion]:
+           eos_ids, seed: int, slots: int = 256, first_index: int = 0, static: bool | None = None,
+           progress: str = "") -> list[Completion]:
     """One completion per prompt, in the order of prompts; repeat a prompt to get a group.
 
     slots: rows that decode at the same time; a memory and speed setting that does not change the tokens.
     first_index: the random stream of the first completion, so that several processes can share one list of prompts.
     static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: on a GPU.
+    progress: the name of a progress bar, shown where it takes longer than 2 seconds; empty: none.
     Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context.
     """
     config, device = model.config, model.lm_head.weight.device
@@ -246,20 +250,21 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     queue = deque(range(len(prompts)))  # indices of completions that have not begun
     waiting = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
     prefilled = {}  # prompt -> its keys, values and last logits
+    bar = tqdm(total=len(prompts), desc=progress, unit="completion", delay=2, mininterval=1, leave=False, disable=not progress)
 
     def fill(free: list[int]) -> None:
         """Puts the next prompts of the queue into these rows."""
-        taken = [(row, queue.popleft()) for row in free[:len(queue)]]
-        groups = {}
-        for row, index in taken:
-            groups.setdefault(tuple(prompts[index]), []).append((row, index))
-        prefilled.update(prefill(model, [prompt for prompt in groups if prompt not in prefilled]))
-        for prompt, group in groups.items():
-            group_rows, indices = zip(*group)
+        starting = {}  # prompt -> (row, index of the completion) pairs
+        for row in free[:len(queue)]:
+            index = queue.popleft()
+            starting.setdefault(tuple(prompts[index]), []).append((row, index))
+        prefilled.update(prefill(model, [prompt for prompt in starting if prompt not in prefilled]))
+        for prompt, pairs in starting.items():
+            places, indices = zip(*pairs)
             streams = [np.random.default_rng([seed, first_index + index]) for index in indices]
             uniforms = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
-            rows.start(list(group_rows), list(indices), uniforms, *prefilled[prompt])
-            waiting[prompt] -= len(group)
+            rows.start(list(places), list(indices), uniforms, *prefilled[prompt])
+            waiting[prompt] -= len(pairs)
             if not waiting[prompt]:
                 del prefilled[prompt]
 
@@ -268,6 +273,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         done = (rows.owner == rows.N).tolist()  # the only place that waits for the device
         live = [row for row, stopped in enumerate(done) if not stopped]
         free = [row for row, stopped in enumerate(done) if stopped]
+        bar.update(len(prompts) - len(queue) - len(live) - bar.n)
         if queue and free:
             fill(free)
             continue  # a first token can already be EOS
@@ -300,6 +306,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             graphs.run((size, cache.begin, cache.stop))
             if static:
                 cache.end += 1
+    bar.close()
     tokens, logprobs, lengths = rows.tokens.tolist(), rows.logprobs.tolist(), rows.lengths.tolist()
     return [Completion(tokens[i][:n], logprobs[i][:n], truncated=tokens[i][n - 1] not in eos_ids)
             for i, n in enumerate(lengths[:-1])]
@@ -312,8 +319,8 @@ def prefill(model, prompts: list[tuple[int, ...]]):
     """
     weight = model.lm_head.weight
     budget = 1024 if weight.is_cpu else 16384  # tokens in one pass; a CPU gains by less padding, a GPU by fewer passes
-    for group in micro_batches([len(prompt) for prompt in prompts], budget):
-        rows = [list(prompts[i]) for i in group]
+    for micro_batch in micro_batches([len(prompt) for prompt in prompts], budget):
+        rows = [list(prompts[i]) for i in micro_batch]
         input_ids = pad_rows(rows, 0, dtype=torch.long, device=weight.device)  # (U, T)
         cache = KVCache(model.config, *input_ids.shape, device=weight.device, dtype=weight.dtype)
         hidden = model.hidden(input_ids, cache=cache)  # (U, T, D)

@@ -19,26 +19,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from batching import micro_batches, pad_batch, teacher_kl, token_logprobs
-from directories import check_device
-from model import DTYPES, Model, check_dtype, init_weights, load, set_context
-from optimizer import MasterAdamW, clip_gradients
-from run_folder import (StopRequest, append_jsonl, bad_input_exits, create_run, fail, load_checkpoint, parse_config,
-                        read_jsonl, rewind_log, save_checkpoint)
+from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
+from machinery.checkpoints import DTYPES, check_device, check_dtype, load
+from machinery.flags import StopRequest, bad_input_exits, disk_full_exits, fail, parse_config
+from machinery.optimizer import MasterAdamW, clip_gradients
+from machinery.run_folder import append_jsonl, create_run, load_checkpoint, read_jsonl, rewind_log, save_checkpoint
+from model import Model, init_weights, set_context
 
 
 @dataclass(frozen=True)
 class Config:
+    # the algorithm
     data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} a line
     model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
     from_scratch: str = ""               # random weights instead: tiny (Qwen3, 0.8M parameters) or student (0.2M)
     context: int = 0                     # room for tokens, 0: as its config says (from scratch: 1,024)
     teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
-    out: str = "runs/sft"                # run folder to create
-    resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
     epochs: int = 1                      # passes over the data
     batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
-    micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed, never the loss
     optimizer: str = "adamw"             # adamw, or muon for matrices, adamw for the rest (1.7x quicker from scratch)
     learning_rate: float = 5e-5          # AdamW peak; DeepSeek-R1's SFT decays 5e-5 to 5e-6
     muon_learning_rate: float = 0.02     # Muon peak, for 2-D weights that are no embeddings
@@ -47,9 +45,14 @@ class Config:
     weight_decay: float = 0.0            # decoupled, all optimizers
     clip_norm: float = 1.0               # gradient norm limit
     eval_rows: int = 512                 # rows kept out of training for the held-out loss
+    seed: int = 0                        # weights from scratch, split and order of the data
+
+    # the machine and the run folder
+    out: str = "runs/sft"                # run folder to create
+    resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
     eval_every: int = 500                # steps between held-out losses
     save_every: int = 500                # steps between checkpoints
-    seed: int = 0                        # weights from scratch, split and order of the data
+    micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed, never the loss
     dtype: str = "float32"               # what the model computes in: float32, or bfloat16 with fp32 master weights
     activation_checkpointing: bool = False  # keep a block's input only, compute the rest again in the backward pass
     offload_optimizer: bool = False      # master weights and AdamW's moments in host memory
@@ -102,9 +105,12 @@ def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], li
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str) or not row["prompt"]:
             raise ValueError(f"got {path}, line {number} without text in prompt and completion; expected both")
-    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
-    completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
-    return [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+    examples = []
+    for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
+        prompts, completions = (tokenizer([row[name] for row in rows[start:start + 4096]], add_special_tokens=False)
+                                ["input_ids"] for name in ("prompt", "completion"))
+        examples += [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+    return examples
 
 
 def check_same_tokenizer(tokenizer, teacher_tokenizer, config: Config) -> None:
@@ -135,6 +141,7 @@ def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
 
 
 def build_optimizers(model, config: Config) -> list:
+    """[AdamW], or [Muon for the matrices, AdamW for the rest]."""
     adamw = dict(lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         return [MasterAdamW(model.parameters(), offload=config.offload_optimizer, **adamw)]
@@ -160,8 +167,8 @@ def completion_losses(model, examples, config: Config, teacher=None):
     A token's loss is -log p; with a teacher KL(teacher || model) over the whole vocabulary at its place.
     """
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
-    for group in micro_batches(lengths, config.micro_batch_tokens):
-        prompts, completions = [examples[i][0] for i in group], [examples[i][1] for i in group]
+    for micro_batch in micro_batches(lengths, config.micro_batch_tokens):
+        prompts, completions = zip(*(examples[i] for i in micro_batch))
         input_ids, mask = pad_batch(prompts, completions, device=config.device)  # (B, T), (B, T-1)
         if teacher:
             losses = teacher_kl(model, teacher, input_ids, mask)  # (B, T-1)
@@ -177,25 +184,38 @@ def held_out_loss(model, examples, config: Config, teacher=None) -> float:
     return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
 
-def main() -> None:
-    config = parse_config(Config, __doc__)
+def optimizer_step(optimizers: list, share_of_peak: float, config: Config) -> float:
+    """-> the gradients' norm before clipping; where it is not finite, no step is taken."""
+    gradients = [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
+    gradients += optimizers[-1].gradients()
+    norm = clip_gradients(gradients, config.clip_norm)
+    if not math.isfinite(norm):
+        return norm
+    for muon in optimizers[:-1]:
+        muon.param_groups[0]["lr"] = config.muon_learning_rate * share_of_peak
+    optimizers[-1].set_learning_rate(config.learning_rate * share_of_peak)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
 
-    # 1. model, data and run folder; everything that can be wrong with the input is said here
+
+def start(config: Config):
+    """-> (run folder, model, tokenizer, teacher or None, examples, held-out examples, trainer state of a resumed run).
+    Everything that can be wrong with the input is said here, before anything is written."""
     with bad_input_exits():
+        state, teacher, dtype = None, None, DTYPES[config.dtype]
         if config.resume:
-            run = Path(config.resume)
-            model, tokenizer, state = load_checkpoint(run, dtype=DTYPES[config.dtype])
+            model, tokenizer, state = load_checkpoint(config.resume, dtype=dtype)
+        elif config.from_scratch:
+            model, tokenizer = new_model(config.from_scratch, config.seed)
         else:
-            state = None
-            model, tokenizer = (new_model(config.from_scratch, config.seed) if config.from_scratch
-                                else load(config.model, dtype=DTYPES[config.dtype]))
+            model, tokenizer = load(config.model, dtype=dtype)
         if config.context:
             set_context(model, config.context)
         check_device(config.device)
         model.to(config.device).activation_checkpointing = config.activation_checkpointing
-        teacher = None
         if config.teacher:
-            teacher, teacher_tokenizer = load(config.teacher, dtype=DTYPES[config.dtype], device=config.device)
+            teacher, teacher_tokenizer = load(config.teacher, dtype=dtype, device=config.device)
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
         examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
         random.Random(config.seed).shuffle(examples)
@@ -203,73 +223,71 @@ def main() -> None:
         if not examples or not held_out:
             raise ValueError(f"got {len(held_out) + len(examples)} rows in {config.data}, of which --eval-rows "
                              f"{config.eval_rows} are kept out; expected at least one on each side")
-        longest = max(len(p) + len(c) for p, c in examples + held_out)
+        longest = max(len(prompt) + len(completion) for prompt, completion in examples + held_out)
         if longest > model.config.context:
             raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
                              f"{model.config.context}; leave it out, or make room with --context")
-        if state is None:
-            run = create_run(config.out, config)
+        run = Path(config.resume) if config.resume else create_run(config.out, config)
+        if state:
+            rewind_log(run / "metrics.jsonl", state["step"])
     print(f"{config}\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(examples):,} rows, "
           f"{len(held_out)} held out")
+    return run, model, tokenizer, teacher, examples, held_out, state
 
+
+@disk_full_exits("make room; the last checkpoint is whole, go on with --resume RUN")
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    run, model, tokenizer, teacher, examples, held_out, state = start(config)
     batches = [batch for epoch in range(config.epochs)
                for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    first = 0
-    if state:
-        first = state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        with bad_input_exits():
-            rewind_log(run / "metrics.jsonl", first)
-        if first == len(batches):
-            return print(f"nothing to do: {run} has finished all of its {first} steps; "
-                         f"the model is in {run / 'checkpoint'}")
+    step = state["step"] if state else 0
+    for optimizer, saved in zip(optimizers, state["optimizers"] if state else ()):
+        optimizer.load_state_dict(saved)
+    if step == len(batches):
+        return print(f"nothing to do: {run} has finished all of its {step} steps; the model is in {run / 'checkpoint'}")
 
-    def checkpoint(step: int) -> None:
+    def save() -> None:
         save_checkpoint(run, model, tokenizer, {"step": step, "optimizers": [o.state_dict() for o in optimizers]})
 
-    # 2. the loop
-    stop, started, seen, step = StopRequest(), time.time(), 0, first
-    bar = tqdm(batches[first:], initial=first, total=len(batches), desc="sft", mininterval=1.0)
+    stop, started, tokens_seen, steps_before = StopRequest(), time.time(), 0, step
+    bar = tqdm(batches[step:], initial=step, total=len(batches), desc="sft", mininterval=1.0)
     for batch in bar:
+        # 1. forward and backward over micro-batches: the loss is the mean over the step's completion tokens
         rows = [examples[i] for i in batch]
         tokens, total = sum(len(completion) for _, completion in rows), 0.0
         for loss, _ in completion_losses(model, rows, config, teacher):
-            (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the grouping changes nothing
+            (loss / tokens).backward()  # the step's tokens, not the micro-batch's: the cut changes nothing
             total += loss.item()
-        gradients = [p.grad for muon in optimizers[:-1] for p in muon.param_groups[0]["params"]]
-        gradients += optimizers[-1].gradients()
-        norm = clip_gradients(gradients, config.clip_norm)
+
+        # 2. one optimizer step
+        share_of_peak = schedule(step, len(batches), config)
+        norm = optimizer_step(optimizers, share_of_peak, config)
         if not math.isfinite(norm):
             if math.isfinite(total):  # else the weights themselves are broken, and the last checkpoint is the good one
-                checkpoint(step)
+                save()
             fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights are "
                  f"in {run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
-        share = schedule(step, len(batches), config)
-        for group, peak in zip([g for o in optimizers for g in o.param_groups], peaks, strict=True):
-            group["lr"] = peak * share
-        for optimizer in optimizers:
-            optimizer.step()
         model.zero_grad()
-        step, seen = step + 1, seen + tokens
+        step, tokens_seen = step + 1, tokens_seen + tokens
 
         # 3. log, evaluate, save
+        if step == steps_before + 1:
+            minutes = (time.time() - started) * (len(batches) - steps_before) / 60
+            tqdm.write(f"by the first step: about {minutes:.0f} minutes for {len(batches) - steps_before} steps here")
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{seen / (time.time() - started):,.0f}")
-        row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm, "lr_share": share}
+            bar.set_postfix(loss=f"{total / tokens:.4f}", tokens_per_s=f"{tokens_seen / (time.time() - started):,.0f}")
+        row = {"step": step, "loss": total / tokens, "tokens": tokens, "gradient_norm": norm, "lr_share": share_of_peak}
         if step % config.eval_every == 0 or step == len(batches):
             row["held_out_loss"] = held_out_loss(model, held_out, config, teacher)
             tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.4f} nats a token")
         append_jsonl(run / "metrics.jsonl", row)
-        if step % config.save_every == 0:
-            checkpoint(step)
-        if stop.requested:
-            checkpoint(step)
+        if step % config.save_every == 0 or step == len(batches) or stop.requested:
+            save()
+        if stop.requested and step < len(batches):
             print(f"stopped after step {step}; continue with: python sft.py --resume {run}")
             raise SystemExit(130)
-    checkpoint(step)
     print(f"held-out loss {row['held_out_loss']:.4f} nats a token after {step} steps, "
           f"{(time.time() - started) / 60:.1f} minutes; the model is in {run / 'checkpoint'}")
 

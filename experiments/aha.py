@@ -10,26 +10,27 @@ look at what the base had read. Here that is known, since we write the corpus:
     wrong answers     the full one, but no answer in it is right: the search is read, its use is not (Gandhi et al.,
                       arXiv 2503.01307, prime a base in this way, and RL improves it as well as with right answers)
 
-    python experiments/aha.py                  # 3 seeds; 2 cores: see minutes in experiments/results/aha.json
-    python experiments/aha.py --arm full       # one arm, a terminal each; then without --arm for the picture
-    python experiments/aha.py --quick          # a minute: does it run? Its numbers mean nothing
+    python -m experiments.aha                  # 3 seeds; 2 cores: see minutes in experiments/results/aha.json
+    python -m experiments.aha --arm full       # one arm, a terminal each; then without --arm for the picture
+    python -m experiments.aha --quick          # a minute: does it run? Its numbers mean nothing
 
 Every base has the size of models/tiny-student and has read 60,000 searches, in English and without small talk: a
 third of what models/tiny-student took. There is one base an arm; the seeds are those of GRPO. You see one figure of five
 lines, and for each arm what the base did and what it does after RL.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import average, begin, finish, markdown, piece, run, run_stages, seed_folder, seeds_to_run, share, text
-
 import evaluate
-import plots
-from model import load
-from plots import plot_lines, read_metrics
+from experiments.study import (average, begin, finish, markdown, piece, run, run_stages, seed_folder, seeds_to_run,
+                               text, with_interval)
+from machinery import plots
+from machinery.checkpoints import load
+from machinery.plots import plot_lines, read_metrics
+from machinery.stages import Stage
 from rewards import chain_of_thought
-from stages import Stage
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Config:
 
 QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2)
 ARMS = {
-    "full": (),
-    "no verification": ("--no-verification",),
-    "no backtracking": ("--no-backtracking",),
-    "no reflection": ("--no-reflection",),
-    "wrong answers": ("--wrong-answers", 1.0),
+    "full": "",
+    "no verification": "--no-verification",
+    "no backtracking": "--no-backtracking",
+    "no reflection": "--no-reflection",
+    "wrong answers": "--wrong-answers 1.0",
 }
 QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
@@ -72,24 +73,24 @@ PANELS = tuple(VERIFICATIONS if panel[1] == "mixed" else panel for panel in plot
 
 
 def base_stages(config: Config, arm: str) -> list[Stage]:
-    folder = arm_folder(Path(config.out) / "bases", arm)
-    corpus = folder / "corpus.jsonl"
+    name = arm_folder(Path(), arm)
+    folder = shlex.quote(str(arm_folder(Path(config.out) / "bases", arm)))
     return [
-        Stage(f"{folder.name}-corpus", "corpus", ("--n", config.documents, "--chat", 0.0, "--no-languages", *ARMS[arm]),
-              corpus),
-        Stage(f"{folder.name}-base", "sft", (
-            "--data", corpus, "--from-scratch", config.model, "--optimizer", "muon", "--learning-rate", 3e-3,
-            "--batch-tokens", config.batch_tokens, "--micro-batch-tokens", 4096,
-            "--eval-rows", config.documents // 100), folder / "base"),
+        Stage(f"{name}-corpus", f"python corpus.py --n {config.documents} --chat 0.0 --no-languages {ARMS[arm]} "
+              f"--out {folder}/corpus.jsonl"),
+        Stage(f"{name}-base", f"python sft.py --data {folder}/corpus.jsonl --from-scratch {config.model} --optimizer muon "
+              f"--learning-rate 3e-3 --batch-tokens {config.batch_tokens} --micro-batch-tokens 4096 "
+              f"--eval-rows {config.documents // 100} --out {folder}/base"),
     ]
 
 
 def rl_stage(config: Config, arm: str, seed: int) -> Stage:
-    return Stage(f"{arm_folder(Path(), arm)}-rl", "train_countdown", (
-        "--model", base_stages(config, arm)[-1].out / "checkpoint", "--steps", config.steps, "--batch-size",
-        config.batch_size, "--eval-every", config.eval_every, "--eval-n", config.eval_n, "--seed", seed,
-        *(("--max-new-tokens", QUICK_TOKENS) if config.quick else ())),
-        arm_folder(seed_folder(config, seed), arm))
+    model, out = (shlex.quote(str(path)) for path in (base_stages(config, arm)[-1].out / "checkpoint",
+                                                      arm_folder(seed_folder(config, seed), arm)))
+    return Stage(f"{arm_folder(Path(), arm)}-rl", f"python train_countdown.py --model {model} --steps {config.steps} "
+                 f"--batch-size {config.batch_size} --eval-every {config.eval_every} --eval-n {config.eval_n} "
+                 f"--seed {seed} {f'--max-new-tokens {QUICK_TOKENS} ' if config.quick else ''}--rollouts sampled "
+                 f"--out {out}")
 
 
 def arm_folder(folder: Path, arm: str) -> Path:
@@ -117,7 +118,7 @@ def collect(config: Config) -> dict:
     for arm in ARMS:
         tables = {"base": [piece(Path(config.out) / "bases", f"{arm} base")],
                   "rl": [piece(seed_folder(config, seed), f"{arm} rl") for seed in range(config.seeds)]}
-        arms[arm] = {when: {name: share([t[name] for t in rows], config.eval_n)
+        arms[arm] = {when: {name: with_interval([t[name] for t in rows], config.eval_n)
                             if "@" in name else average([t[name] for t in rows]) for name in names}
                      for when, rows in tables.items()}
         arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
@@ -162,7 +163,7 @@ def verdict(record: dict) -> str:
 
 def main() -> None:
     config = begin(Config, __doc__, QUICK)
-    go_on = "python experiments/aha.py"
+    go_on = "python -m experiments.aha"
     for arm in [config.arm] if config.arm else ARMS:
         bases = Path(config.out) / "bases"
         run_stages(bases, base_stages(config, arm), go_on)

@@ -5,26 +5,26 @@ example. So it reads on for this study, mostly pages: 1 to 8 searches by one wri
 that it learns from (corpus.py --pages). From it come R1-Zero and R1, by the stages of r1.py, whose prompts never hold an
 example. Then evaluate.py with 0, 1, 2, 4 and 8.
 
-    python experiments/few_shot.py             # 2 seeds; 2 cores: see minutes in experiments/results/few_shot.json
-    python experiments/few_shot.py --seed 0    # one seed, a terminal each; then without --seed for the picture
-    python experiments/few_shot.py --quick     # a minute: does it run? Its numbers mean nothing
+    python -m experiments.few_shot             # 2 seeds; 2 cores: see minutes in experiments/results/few_shot.json
+    python -m experiments.few_shot --seed 0    # one seed, a terminal each; then without --seed for the picture
+    python -m experiments.few_shot --quick     # a minute: does it run? Its numbers mean nothing
 
 The base is the same for all seeds; a seed fixes RL, sampling, and which examples and puzzles are drawn. You see pass@1,
 length, what the examples teach (their language) and what they confuse (numbers) against how many there are.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-
-from study import (average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run, share,
-                   share_axis, text)
 
 import matplotlib.pyplot as plt
 
 import r1
-from plots import write_figure
-from stages import Stage
+from experiments.study import (average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run,
+                               share_axis, text, with_interval)
+from machinery.plots import write_figure
+from machinery.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "s
 
 
 def base_stages(config: Config) -> list[Stage]:
-    folder = Path(config.out) / "base"
-    return [Stage("pages", "corpus", ("--n", config.documents, "--seed", 1, "--pages", 0.7), folder / "pages.jsonl"),
-            Stage("base", "sft", (
-                "--data", folder / "pages.jsonl", "--model", config.model, "--context", config.context, "--optimizer",
-                "muon", "--learning-rate", 5e-4, "--muon-learning-rate", 0.003, "--batch-tokens", 16384,
-                "--micro-batch-tokens", 4096, "--eval-rows", max(1, config.documents // 100)), folder / "base")]
+    folder, model = shlex.quote(f"{config.out}/base"), shlex.quote(config.model)
+    return [Stage("pages", f"python corpus.py --n {config.documents} --seed 1 --pages 0.7 --out {folder}/pages.jsonl"),
+            Stage("base", f"python sft.py --data {folder}/pages.jsonl --model {model} --context {config.context} "
+                  "--optimizer muon --learning-rate 5e-4 --muon-learning-rate 0.003 --batch-tokens 16384 "
+                  f"--micro-batch-tokens 4096 --eval-rows {max(1, config.documents // 100)} --out {folder}/base")]
 
 
 def ladder(config: Config, seed: int) -> list[Stage]:
@@ -73,9 +72,9 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
     folder = seed_folder(config, seed)
     checkpoints = {"base": base_stages(config)[-1].out / "checkpoint", "zero": folder / "zero" / "checkpoint",
                    "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
-    return {(name, shots): Stage(f"eval-{name.replace(' ', '-')}-{shots}", "evaluate", (
-                "--model", checkpoint, "--n", config.n, "--shots", shots, "--seed", seed),
-                folder / f"eval-{name.replace(' ', '-')}-{shots}.json", "--json")
+    return {(name, shots): Stage(stage := f"eval-{name.replace(' ', '-')}-{shots}", shlex.join(map(str, (
+                "python", "evaluate.py", "--model", checkpoint, "--n", config.n, "--shots", shots, "--seed", seed,
+                "--json", folder / f"{stage}.json"))))
             for name, checkpoint in checkpoints.items() for shots in SHOTS
             if name != "without pages" or shots <= 2}  # more than two do not fit its context
 
@@ -84,7 +83,7 @@ def collect(config: Config) -> dict:
     rows = {name: {} for name in MODELS}
     for name, shots in evaluations(config, 0):
         tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
-        rows[name][shots] = {"pass@1": share([table["pass@1"] for table in tables], config.n),
+        rows[name][shots] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.n),
                              **{column: average([table[column] for table in tables]) for column in
                                 ("format", "language", "wrong_numbers", "completion_tokens", "truncated",
                                  "verifications", "backtracks")}}
@@ -147,7 +146,7 @@ def verdict(record: dict) -> str:
 
 def main() -> None:
     config = begin(Config, __doc__, QUICK)
-    go_on = "python experiments/few_shot.py"
+    go_on = "python -m experiments.few_shot"
     run_stages(Path(config.out) / "base", base_stages(config), go_on)
     for seed in seeds_to_run(config):
         run_stages(seed_folder(config, seed), [*ladder(config, seed), *evaluations(config, seed).values()], go_on)

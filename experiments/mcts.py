@@ -12,9 +12,9 @@ to local optima, and the value model that has to guide all of it is hard to trai
     value      the same search with a value model that has learnt nothing, and with none (counted as if it read too)
     training   one round: SFT of the base on what the search solved, and on as many tokens of plain sampling
 
-    python experiments/mcts.py                 # 2 seeds; 2 cores: see minutes in experiments/results/mcts.json
-    python experiments/mcts.py --seed 0        # one seed, a terminal each; then without --seed for the picture
-    python experiments/mcts.py --quick         # a minute: does it run? Its numbers mean nothing
+    python -m experiments.mcts                 # 2 seeds; 2 cores: see minutes in experiments/results/mcts.json
+    python -m experiments.mcts --seed 0        # one seed, a terminal each; then without --seed for the picture
+    python -m experiments.mcts --quick         # a minute: does it run? Its numbers mean nothing
 
 The value model learns, at the end of each line, whether the rollout that it stands in ended right; rollouts are of train
 puzzles, what is reported is of held-out ones. No search looks at the verifier. A tree is stuck, and ends with what it
@@ -23,24 +23,24 @@ has, when 1,000 selections in a row lead to finished lines: a favourite that not
 
 import json
 import random
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-
-from study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages, sample_groups,
-                   seed_folder, seeds_to_run, share, share_axis, text)
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, make_prompt, sample_puzzles
-from model import load
-from plots import write_figure
+from experiments.scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two,
+                                reliability, score_positions, train_scorer, vote)
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages,
+                               sample_groups, seed_folder, seeds_to_run, share_axis, text, with_interval)
+from experiments.tree import MAX_DEPTH, START, search
+from machinery.checkpoints import load
+from machinery.plots import write_figure
+from machinery.stages import Stage
 from preference import load_reward_model, save_reward_model
 from rewards import accuracy_reward
-from scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
-                    score_positions, train_scorer, vote)
-from stages import Stage
-from tree import MAX_DEPTH, START, search
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,15 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
 
 
 def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
-    stages, models = [], {"base": config.model}
+    place = shlex.quote(str(folder))
+    stages, models = [], {"base": shlex.quote(config.model)}
     for name in ("plain", "mcts"):
-        models[name] = folder / f"sft-{name}" / "checkpoint"
-        stages.append(Stage(f"sft-{name}", "sft", (
-            "--data", folder / f"{name}.jsonl", "--model", config.model, "--epochs", 2, "--learning-rate", 2e-3,
-            "--batch-tokens", 4096, "--eval-rows", 4, "--seed", seed), folder / f"sft-{name}"))
-    return stages + [Stage(f"eval-{name}", "evaluate", ("--model", model, "--n", config.eval_n, "--samples", 4),
-                           folder / f"eval-{name}.json", "--json") for name, model in models.items()]
+        models[name] = f"{place}/sft-{name}/checkpoint"
+        stages.append(Stage(f"sft-{name}", f"python sft.py --data {place}/{name}.jsonl --model {models['base']} --epochs 2 "
+                            f"--learning-rate 2e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
+                            f"--out {place}/sft-{name}"))
+    return stages + [Stage(f"eval-{name}", f"python evaluate.py --model {model} --n {config.eval_n} --samples 4 "
+                           f"--json {place}/eval-{name}.json") for name, model in models.items()]
 
 
 def collect(config: Config) -> dict:
@@ -230,7 +231,7 @@ def collect(config: Config) -> dict:
 
     def shares(tables):
         """{way: {N: share}} of each seed -> the same over seeds; they have different puzzles."""
-        return {way: {size: share([table[way][size] for table in tables], config.n * config.seeds)
+        return {way: {size: with_interval([table[way][size] for table in tables], config.n * config.seeds)
                       for size in tables[0][way]} for way in tables[0] if isinstance(tables[0][way], dict)} | {
             way: average([table[way] for table in tables]) for way in tables[0] if way == "stuck"}
 
@@ -243,7 +244,7 @@ def collect(config: Config) -> dict:
     trained = {}
     for name in ("base", "plain", "mcts"):
         tables = [json.loads((folder / f"eval-{name}.json").read_text()) for folder in folders]
-        trained[name] = {"pass@1": share([table["pass@1"] for table in tables], config.eval_n),
+        trained[name] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.eval_n),
                          "completion_tokens": average([table["completion_tokens"] for table in tables]),
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
     return {"tokens_a_completion": average([run["tokens"] for run in plain_]),
@@ -373,7 +374,7 @@ def main() -> None:
         piece(folder, "value-model", lambda: train_values(config, folder, seed))
         compare(config, folder, seed)
         piece(folder, "training-data", lambda: write_training_data(config, folder, seed))
-        run_stages(folder, training_stages(config, folder, seed), "python experiments/mcts.py")
+        run_stages(folder, training_stages(config, folder, seed), "python -m experiments.mcts")
     if config.seed < 0:
         finish(config, "mcts", collect(config), draw, table, verdict)
 

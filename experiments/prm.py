@@ -12,36 +12,32 @@ the second reason is gone, and the other two can be measured:
     reward     GRPO with the scores as rewards of single lines: normalised as in DeepSeekMath, section 4.1.3, beside the
                outcome reward and alone; and simply paid, line by line, beside it and alone
 
-    python experiments/prm.py                  # 2 seeds; 2 cores: see minutes in experiments/results/prm.json
-    python experiments/prm.py --seed 0         # one seed, a terminal each; then without --seed for the picture
-    python experiments/prm.py --quick          # a minute: does it run? Its numbers mean nothing
+    python -m experiments.prm                  # 2 seeds; 2 cores: see minutes in experiments/results/prm.json
+    python -m experiments.prm --seed 0         # one seed, a terminal each; then without --seed for the picture
+    python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 
 Traces for training are of train puzzles, everything that is reported is on held-out ones.
 """
 
 import random
 import re
-from collections import Counter
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import NamedTuple
-
-from study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages, sample_groups,
-                   seed_folder, seeds_to_run, share, share_axis, text)
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
-from countdown import Puzzle, make_prompt, reachable, sample_puzzles
-from grpo import group_advantages, process_advantages
-from model import load
-from plots import write_figure
+import train_countdown
+from countdown import make_prompt, sample_puzzles
+from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
+from experiments.scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, reliability,
+                                train_scorer, vote)
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, sample_groups,
+                               seed_folder, seeds_to_run, share_axis, text, with_interval)
+from machinery.checkpoints import load
+from machinery.plots import write_figure
+from machinery.run_folder import read_jsonl, saved_checkpoint
 from preference import load_reward_model, save_reward_model
-from rewards import accuracy_reward
-from run_folder import read_jsonl
-from scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, reliability, score_positions,
-                    train_scorer, vote)
-from stages import Stage
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Config:
     samples: int = 64                # completions of each: best of 1 to this many
     steps: int = 40                  # of GRPO
     batch_size: int = 128            # completions a step, in groups of 16
-    process_weight: float = 1.0      # of the step rewards' advantages beside the outcome's
+    prm_weight: float = 1.0      # of the step rewards' advantages beside the outcome's
     eval_n: int = 512                # held-out puzzles of GRPO's evaluations
 
     def __post_init__(self):
@@ -78,70 +74,9 @@ ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how li
     "outcome + PRM, paid per line": (1, 1, "paid"),
     "PRM alone, paid per line": (0, 1, "paid"),
 }
-HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
-
-
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
-class Step(NamedTuple):
-    index: int    # of the token behind which it is judged, within the completion
-    kind: str     # ahead: the line's ":", before any attempt; line: the line's end; answer
-    label: float  # 1.0 if the target can still be reached from the numbers left; of an answer: if it is right
-
-
-def still_reaches(header: str, puzzle: Puzzle) -> bool:
-    """Whether the header is true, and its numbers left can still make the target: by the exact solver.
-
-    "5-4=1,3 1:" uses two numbers, and 1 and 3 have to make the target. "27/3=9 need,5 4:" works backwards from the
-    target with one number, and the other two have to make 9. Anything else, a slip in it included, leads nowhere.
-    """
-    match = HEADER.fullmatch(header)
-    if not match:
-        return False
-    a, b, value, *left = (int(match[i]) for i in (1, 3, 4, 6, 7))
-    if match[2] == "/" and not b or {"+": a + b, "-": a - b, "*": a * b, "/": b and Fraction(a, b)}[match[2]] != value:
-        return False
-    if match[5]:  # backwards: the target and one number are used up
-        used, goal = Counter((a, b)) - Counter((puzzle.target,)), value
-        rest = Counter(puzzle.numbers) - used
-        fits = puzzle.target in (a, b) and used.total() == 1 and rest.total() == 2 and rest == Counter(left)
-    else:
-        rest, goal = Counter(puzzle.numbers) - Counter((a, b)) + Counter((value,)), puzzle.target
-        fits = rest.total() == 2 and rest == Counter(left)
-    return fits and Fraction(goal) in reachable(tuple(sorted(left)))
-
-
-def find_steps(tokens: list[str], puzzle: Puzzle) -> list[Step]:
-    """The steps of a completion, given as the texts of its tokens. A line without a ":" (a tag, a check) is none."""
-    steps, line, label = [], "", None  # label: of the line that is being read, once its ":" has come
-    for index, token in enumerate(tokens):
-        if label is not None and (token == "\n" or index == len(tokens) - 1):
-            steps.append(Step(index, "line", label))
-        line, label = ("", None) if token == "\n" else (line + token, label)
-        if token == ":" and label is None:
-            label = float(still_reaches(line, puzzle))
-            steps.append(Step(index, "ahead", label))
-        elif token == "</answer>":
-            steps.append(Step(index, "answer", accuracy_reward("".join(tokens[:index + 1]), *puzzle)))
-    return steps
-
-
-class Trace(NamedTuple):
-    puzzle: Puzzle
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    steps: list[Step]
 
 
 # -------------------------------------------------------------------------------------------------------------- scorer
-
-
-def score_traces(scorer, traces: list[Trace]) -> list[list[float]]:
-    """The probability of every step of every trace."""
-    return score_positions(scorer, [t.prompt_ids + t.token_ids for t in traces],
-                           [[len(t.prompt_ids) + step.index for step in t.steps] for t in traces])
 
 
 def scorer_examples(traces: list[Trace], noise: float, seed: int) -> list[tuple]:
@@ -179,40 +114,18 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
 # -------------------------------------------------------------------------------------------------------------- reward
 
 
-def step_rewarder(scorer, tokenizer, outcome_weight: float, process_weight: float, form: str):
-    """process for train_countdown.main: lines are rewarded one by one.
-
-    normalised: DeepSeekMath's process supervision; a line below the group's mean costs. paid: a completion's reward is
-    the sum over its lines, and its advantage is that of any reward; a line never costs.
-    """
-    def process(tasks, prompt_ids, completions, advantages):
-        size, lengths = advantages.shape[1], [len(c.token_ids) for c in completions]
-        traces = [Trace(puzzle, prompt, c.token_ids, "", [step for step in find_steps(
-            tokenizer.convert_ids_to_tokens(c.token_ids), puzzle) if step.kind == "line"])
-            for puzzle, prompt, c in zip(tasks, prompt_ids, completions)]
-        scores = score_traces(scorer, traces)
-        labels = [[step.label for step in trace.steps] for trace in traces]
-        rows = []
-        if form == "paid":
-            sums = group_advantages(torch.tensor(list(map(sum, scores))).view(-1, size)).flatten().tolist()
-            rows = [[a] * length for a, length in zip(sums, lengths)]
-        else:
-            for i in range(0, len(traces), size):
-                ends = [[step.index for step in trace.steps] for trace in traces[i:i + size]]
-                rows += process_advantages(scores[i:i + size], ends, lengths[i:i + size])
-        outcome = advantages.flatten().tolist()
-        rows = [[outcome_weight * a + process_weight * value for value in row] for a, row in zip(outcome, rows)]
-        lines = sum(map(len, labels))
-        return rows, {"prm_score": sum(map(sum, scores)) / max(1, lines),
-                      "lines": lines / len(traces), "lines_that_reach": sum(map(sum, labels)) / max(1, lines)}
-    return process
+def rl_config(config: Config, folder: Path, arm: str, seed: int) -> train_countdown.Config:
+    return train_countdown.Config(
+        model=config.model, steps=config.steps, batch_size=config.batch_size, eval_every=max(1, config.steps // 8),
+        eval_n=config.eval_n, seed=seed, rollouts="sampled", out=str(folder / ("rl-" + re.sub(r"[^a-zA-Z]+", "-", arm))))
 
 
-def reward_stage(config: Config, folder, arm: str, seed: int) -> Stage:
-    name = "rl-" + re.sub(r"[^a-zA-Z]+", "-", arm)
-    return Stage(name, "train_countdown", (
-        "--model", config.model, "--steps", config.steps, "--batch-size", config.batch_size, "--eval-every",
-        max(1, config.steps // 8), "--eval-n", config.eval_n, "--seed", seed), folder / name)
+def resumed(settings: train_countdown.Config) -> train_countdown.Config:
+    """The same run, from its checkpoint where a killed study left one."""
+    if saved_checkpoint(settings.out):
+        return replace(settings, resume=settings.out)
+    shutil.rmtree(settings.out, ignore_errors=True)  # killed before anything was worth keeping
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -265,15 +178,15 @@ def collect(config: Config) -> dict:
             kind: {**{name: average([s[noise][kind][name] for s in scored])
                       for name in ("n", "accuracy", "majority_class", "calibration_error")},
                    "curve": scored[0][noise][kind]["curve"]} for kind in KINDS}
-        scorers[noise]["rerank"] = {way: {size: share([s[noise]["rerank"][way][size] for s in scored], n)
+        scorers[noise]["rerank"] = {way: {size: with_interval([s[noise]["rerank"][way][size] for s in scored], n)
                                           for size in scored[0][noise]["rerank"][way]}
                                     for way in scored[0][noise]["rerank"]}
     parameters = sum(p.numel() for p in load(config.model)[0].parameters())
     arms = {}
-    for arm, (_, process_weight, _) in ARMS.items():
-        logs = [read_jsonl(reward_stage(config, folder, arm, seed).out / "metrics.jsonl")
+    for arm, (_, prm_weight, _) in ARMS.items():
+        logs = [read_jsonl(Path(rl_config(config, folder, arm, seed).out) / "metrics.jsonl")
                 for seed, folder in enumerate(folders)]
-        reads = 2 if process_weight else 0
+        reads = 2 if prm_weight else 0
         curves = []
         for log, s in zip(logs, scored):  # 2 operations a parameter and token written or read, 6 where it is trained on
             flops = (2 + 6 * config.epochs) * s["0.0"]["train_tokens"] if reads else 0
@@ -288,8 +201,8 @@ def collect(config: Config) -> dict:
             curves.append(curve)
         last = {name: average([sum(row[name] for row in curve[1:][-5:]) / len(curve[1:][-5:]) for curve in curves])
                 for name in ("prm_score", "prm_sum", "lines_that_reach", "lines", "completion_tokens", "truncated")}
-        arms[arm] = {"before": share([c[0]["eval_pass@1"] for c in curves], config.eval_n),
-                     "after": share([c[-1]["eval_pass@1"] for c in curves], config.eval_n),
+        arms[arm] = {"before": with_interval([c[0]["eval_pass@1"] for c in curves], config.eval_n),
+                     "after": with_interval([c[-1]["eval_pass@1"] for c in curves], config.eval_n),
                      "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
     return {"scorers": scorers, "arms": arms,
@@ -398,9 +311,11 @@ def main() -> None:
         for noise in NOISES:
             piece(folder, f"scorer {noise}", lambda: score_and_rerank(config, folder, traces, noise, seed))
         scorer, tokenizer = load_reward_model(folder / "scorer")
-        for arm, (outcome_weight, process_weight, form) in ARMS.items():
-            process = step_rewarder(scorer, tokenizer, outcome_weight, config.process_weight * process_weight, form)
-            run_stages(folder, [reward_stage(config, folder, arm, seed)], "python experiments/prm.py", process=process)
+        for arm, (outcome_weight, prm_weight, form) in ARMS.items():
+            settings = rl_config(config, folder, arm, seed)
+            piece(folder, Path(settings.out).name, lambda: train_on_lines(
+                resumed(settings), scorer, tokenizer, (outcome_weight, config.prm_weight * prm_weight, form),
+                "python -m experiments.prm"))
     if config.seed < 0:
         finish(config, "prm", collect(config), draw, table, verdict)
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from batching import micro_batches
 from countdown import Puzzle, sample_puzzles
 from evaluate import pass_at_k
-from model import load
-from optimizer import MasterAdamW, clip_gradients
+from machinery.batching import micro_batches
+from machinery.checkpoints import load
+from machinery.optimizer import MasterAdamW, clip_gradients
 from preference import RewardModel
 from rewards import extract_answer, parse_expression
 
@@ -35,14 +35,13 @@ def train_scorer(model: str, examples: list[tuple], *, epochs: int, learning_rat
     batches = [order[i:i + 64] for i in range(0, len(order), 64)]
     for step, batch in enumerate(tqdm(batches, desc=what, mininterval=1.0)):
         rows, positions, labels = zip(*(examples[i] for i in batch))
-        for group in micro_batches(list(map(len, rows)), 4096):
-            scores = scorer([rows[i] for i in group], [positions[i] for i in group])
-            target = torch.tensor([label for i in group for label in labels[i]])
+        for micro_batch in micro_batches(list(map(len, rows)), 4096):
+            scores = scorer([rows[i] for i in micro_batch], [positions[i] for i in micro_batch])
+            target = torch.tensor([label for i in micro_batch for label in labels[i]])
             loss = F.binary_cross_entropy_with_logits(scores, target, reduction="sum")
             (loss / sum(map(len, labels))).backward()
         clip_gradients(optimizer.gradients(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / 20, 1 - step / len(batches))
+        optimizer.set_learning_rate(learning_rate * min((step + 1) / 20, 1 - step / len(batches)))
         optimizer.step()
         scorer.zero_grad()
     return scorer.eval()
@@ -53,10 +52,10 @@ def score_positions(scorer, rows: list[list[int]], positions: list[list[int]]) -
     """Probabilities at each row's positions; a row without any costs nothing."""
     probabilities = [[] for _ in rows]
     wanted = [i for i, places in enumerate(positions) if places]
-    for group in micro_batches([len(rows[i]) for i in wanted], 8192):
-        group = [wanted[i] for i in group]
-        flat = iter(scorer([rows[i] for i in group], [positions[i] for i in group]).sigmoid().tolist())
-        for i in group:
+    for micro_batch in micro_batches([len(rows[i]) for i in wanted], 8192):
+        scored = [wanted[i] for i in micro_batch]
+        flat = iter(scorer([rows[i] for i in scored], [positions[i] for i in scored]).sigmoid().tolist())
+        for i in scored:
             probabilities[i] = [next(flat) for _ in positions[i]]
     return probabilities
 
@@ -64,11 +63,11 @@ def score_positions(scorer, rows: list[list[int]], positions: list[list[int]]) -
 def reliability(pairs: list[tuple[float, float]], bins: int = 10) -> dict:
     """(probability, label) -> accuracy at 1/2, that of always saying what is more frequent, expected calibration error,
     and for each bin its mean probability, its share of true labels, and its size."""
-    groups = defaultdict(list)
+    filled = defaultdict(list)
     for probability, label in pairs:
-        groups[min(bins - 1, int(probability * bins))].append((probability, label))
-    curve = [(sum(p for p, _ in group) / len(group), sum(label for _, label in group) / len(group), len(group))
-             for _, group in sorted(groups.items())]
+        filled[min(bins - 1, int(probability * bins))].append((probability, label))
+    curve = [(sum(p for p, _ in inside) / len(inside), sum(label for _, label in inside) / len(inside), len(inside))
+             for _, inside in sorted(filled.items())]
     positive = sum(label for _, label in pairs) / len(pairs)
     return {"n": len(pairs), "accuracy": sum((p > 0.5) == label for p, label in pairs) / len(pairs),
             "majority_class": max(positive, 1 - positive),

@@ -7,9 +7,9 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
     OUT/seed0/...              runs, datasets and pieces of a seed
     OUT/NAME.json, .png, .md   results of all seeds; the ones that we ran are in experiments/results/
 
-    python experiments/prm.py --seed 0         # one seed; the others in other terminals
-    python experiments/prm.py                  # what is missing, then the picture
-    python experiments/prm.py --quick          # a minute: does it run? Its numbers mean nothing
+    python -m experiments.prm --seed 0         # one seed; the others in other terminals
+    python -m experiments.prm                  # what is missing, then the picture
+    python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 """
 
 import fcntl
@@ -21,17 +21,15 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the recipe's files
+import torch
+from matplotlib.ticker import PercentFormatter
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from matplotlib.ticker import PercentFormatter  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from countdown import make_prompt  # noqa: E402
-from evaluate import wilson_interval  # noqa: E402
-from run_folder import bad_input_exits, parse_config  # noqa: E402
-from sampling import complete  # noqa: E402
-from stages import Stage, fingerprint, run_stage  # noqa: E402
+from countdown import make_prompt
+from evaluate import wilson_interval
+from machinery.flags import bad_input_exits, parse_config
+from machinery.stages import Stage, fingerprint, run_stage
+from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
 
@@ -99,13 +97,13 @@ def piece(folder: Path, name: str, make=None):
     return json.loads(path.read_text())["result"]
 
 
-def run_stages(folder: Path, stages: list[Stage], go_on: str, **hooks) -> None:
+def run_stages(folder: Path, stages: list[Stage], go_on: str) -> None:
     """One process at a time in a folder: a second terminal waits here for the base that both need."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stage in tqdm(stages, desc=str(folder), unit="stage"):
-            run_stage(folder, stage, stages, go_on, **hooks)
+            run_stage(folder, stage, stages, go_on)
 
 
 def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str, start: str = "") -> list[list[tuple]]:
@@ -127,7 +125,7 @@ def minutes(folder: Path) -> float:
     return sum(record.get("minutes", 0.0) for record in records)
 
 
-def share(values: list[float], n: int) -> dict:
+def with_interval(values: list[float], n: int) -> dict:
     """The mean over seeds of a share of n puzzles, its 95% Wilson interval, and the seeds' own values. The interval is
     that of drawing n puzzles; how much training runs differ is seen in the seeds."""
     mean = sum(values) / len(values)
@@ -150,7 +148,7 @@ def rounded(value):
 
 
 def text(entry: dict, interval: bool = True, seeds: bool = False) -> str:
-    """As the README writes it: 42.0% (37.8% to 46.3%), or with the seeds of a training run: 42.0% (41.0%, 43.0%)."""
+    """As docs/studies.md writes it: 42.0% (37.8% to 46.3%), or with the seeds of a training run: 42.0% (41.0%, 43.0%)."""
     if seeds:
         return f"{entry['mean']:.1%} ({', '.join(f'{value:.1%}' for value in entry['seeds'])})"
     if interval and "low" in entry:
@@ -186,10 +184,10 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def finish(config, name: str, results: dict, draw, table, verdict) -> None:
-    """OUT/NAME.json, NAME.png, and NAME.md: what the README says. draw(results, path) draws, table(results) -> markdown,
+    """OUT/NAME.json, NAME.png, and NAME.md: what docs/studies.md says. draw(results, path) draws, table(results) -> markdown,
     verdict(results) -> two sentences."""
     folder = Path(config.out)
-    record = {"command": f"python experiments/{name}.py", "config": asdict(config),
+    record = {"command": f"python -m experiments.{name}", "config": asdict(config),
               "minutes": {path.name: round(minutes(path), 1) for path in sorted(folder.iterdir()) if path.is_dir()},
               "torch": torch.__version__, "threads": torch.get_num_threads(), **results}
     record = json.loads(json.dumps(rounded(record)))  # as a reader of the file will find it

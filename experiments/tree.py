@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from countdown import Puzzle, make_prompt
-from model import end_tokens
+from experiments.scorer import answer_value, best, vote
+from machinery.checkpoints import end_tokens
 from sampling import sample
-from scorer import answer_value, best, vote
 
 START = "<think>\n"  # every search and every completion begins behind it
 MAX_LINE, MAX_DEPTH, CONTEXT = 80, 16, 1024  # tokens of a line; lines of a path; tokens that the policy can read

@@ -17,7 +17,7 @@ def base(tmp_path_factory):
     import torch
 
     import sft
-    from model import save
+    from machinery.checkpoints import save
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sft.TINY_MODELS, "test", TINY)
         model, tokenizer = sft.new_model("test", seed=0)

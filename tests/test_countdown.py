@@ -15,8 +15,9 @@ import pytest
 import corpus
 import countdown
 from countdown import Level, Puzzle, is_held_out, make_prompt, sample_puzzle, sample_puzzles, solve
-from rewards import (accuracy_reward, chain_of_thought, count_backtracks, extract_answer, format_reward, needless_thinking,
-                     parse_expression, reflection_words, verify)
+from evaluate import count_backtracks, reflection_words
+from rewards import accuracy_reward, chain_of_thought, extract_answer, format_reward, parse_expression, verify
+from tasks.general import needless_thinking
 
 ROOT = Path(countdown.__file__).parent
 LAPTOP = [Puzzle(numbers, target) for numbers in combinations_with_replacement(range(1, 11), 3) for target in range(1, 31)]
@@ -482,7 +483,7 @@ def test_command_prompt_prints_the_prompt_exactly():
 
 def test_command_corpus_writes_what_write_corpus_yields(tmp_path):
     path = tmp_path / "new folder" / "corpus.jsonl"
-    assert run("countdown.py", "corpus", "--n", 7, "--seed", 3, "--no-languages", "--out", path).returncode == 0
+    assert run("corpus.py", "--n", 7, "--seed", 3, "--no-languages", "--out", path).returncode == 0
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert written == json.loads(json.dumps(documents(7, seed=3, languages=False)))
 
@@ -490,7 +491,7 @@ def test_command_corpus_writes_what_write_corpus_yields(tmp_path):
 def test_command_corpus_never_overwrites(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("precious", encoding="utf-8")
-    refused = run("countdown.py", "corpus", "--n", 3, "--out", path)
+    refused = run("corpus.py", "--n", 3, "--out", path)
     assert refused.returncode == 2 and "exists and is never overwritten" in refused.stderr
     assert path.read_text(encoding="utf-8") == "precious"
 

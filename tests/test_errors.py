@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import corpus
 import evaluate
-import general
-import run_folder
 import sft
 import train_countdown
-from conftest import TINY, assert_one_line
-from model import load, save
+from conftest import TINY
+from machinery import run_folder
+from machinery.checkpoints import load, save
+from tasks import general
 
 ROOT = Path(train_countdown.__file__).parent
 QUICK = ("--steps", "4", "--batch-size", "16", "--group-size", "4", "--max-new-tokens", "16", "--eval-n", "8",

@@ -13,7 +13,7 @@ import evaluate
 import sft
 from countdown import Puzzle, is_held_out, make_prompt, sample_puzzles, solve
 from evaluate import Config, describe, few_shot_examples, majority_answer, pass_at_k, wilson_interval
-from model import save
+from machinery.checkpoints import save
 from rewards import accuracy_reward, format_reward
 from sampling import Completion
 

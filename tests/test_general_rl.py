@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
-import general
 import train_countdown
-from general import write_rows
-from model import load, save
+from machinery import rl_run
+from machinery.checkpoints import load, save
+from machinery.run_folder import append_jsonl, read_jsonl
 from preference import RewardModel, save_reward_model
-from run_folder import append_jsonl, read_jsonl
+from tasks import general
+from tasks.general import write_rows
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}make{% endif %}"
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
@@ -77,8 +78,8 @@ def test_a_resumed_run_with_general_prompts_equals_the_uninterrupted_one(world, 
     monkeypatch.setattr(sys, "argv", flags(world, whole))
     train_countdown.main()
     with monkeypatch.context() as patch:
-        patch.setattr(train_countdown, "StopRequest", lambda: type("Stop", (), {
-            "requested": property(lambda self: len(rows_of(parts)) == 3)})())
+        patch.setattr(rl_run, "StopRequest", lambda: type("Stop", (), {
+            "requested": property(lambda self: len(rows_of(parts)) == 3), "end": lambda self: None})())
         patch.setattr(sys, "argv", flags(world, parts))
         with pytest.raises(SystemExit):
             train_countdown.main()

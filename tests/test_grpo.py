@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, k3_kl, process_advantages, token_weights
+from experiments.line_rewards import step_advantages
+from grpo import group_advantages, grpo_loss, k3_kl, token_weights
 
 
 def tensor(*rows, grad=False):
@@ -36,13 +37,13 @@ def test_advantages_are_standard_scores_within_the_group(rewards, expected):
 def test_a_token_s_process_advantage_is_the_sum_of_what_it_led_to():
     """DeepSeekMath, section 4.1.3, rewards 1, 0 and 1, 0: mean 1/2, deviation 1/2, so steps are worth 1, -1 and 1, -1.
     The first completion ends its steps at tokens 1 and 3 of 5, the second at 0 and 1 of 2."""
-    rows = process_advantages([[1.0, 0.0], [1.0, 0.0]], [[1, 3], [0, 1]], [5, 2])
+    rows = step_advantages([[1.0, 0.0], [1.0, 0.0]], [[1, 3], [0, 1]], [5, 2])
     assert rows[0] == pytest.approx([0, 0, -1, -1, 0], abs=1e-4) and rows[1] == pytest.approx([0, -1], abs=1e-4)
 
 
 def test_process_rewards_are_normalised_over_the_group_and_not_over_a_completion():
     """One good step against three bad ones: mean 1/4, deviation sqrt(3)/4, as for outcome rewards 1, 0, 0, 0."""
-    rows = process_advantages([[1.0], [0.0, 0.0], [0.0]], [[0], [0, 1], [0]], [1, 2, 1])
+    rows = step_advantages([[1.0], [0.0, 0.0], [0.0]], [[0], [0, 1], [0]], [1, 2, 1])
     assert rows[0] == pytest.approx([3 ** 0.5], abs=1e-4)
     assert rows[1] == pytest.approx([-2 * 3 ** -0.5, -(3 ** -0.5)], abs=1e-4)
 
@@ -50,13 +51,13 @@ def test_process_rewards_are_normalised_over_the_group_and_not_over_a_completion
 @pytest.mark.parametrize("rewards", ([[], []], [[0.3], []], [[0.3, 0.3], [0.3]]))
 def test_steps_that_are_all_alike_have_no_process_advantage(rewards):
     ends = [list(range(len(row))) for row in rewards]
-    assert process_advantages(rewards, ends, [2, 3]) == [[0.0] * 2, [0.0] * 3]
+    assert step_advantages(rewards, ends, [2, 3]) == [[0.0] * 2, [0.0] * 3]
 
 
 def test_an_advantage_per_token_weighs_each_token_by_its_own():
-    """On policy, where every ratio is 1, the gradient of -log p is the token's own advantage over num_tokens."""
+    """On policy, where every ratio is 1, the gradient of -log p is the token's own advantage over divisor."""
     logprobs = logs([0.5, 0.25, 0.5], grad=True)
-    loss, _ = grpo_loss(logprobs, logprobs.detach(), tensor([2, -1, 5]), tensor([1, 1, 0]), num_tokens=4)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), tensor([2, -1, 5]), tensor([1, 1, 0]), divisor=4)
     loss.backward()
     assert loss.item() == pytest.approx(-(2 - 1) / 4)
     assert logprobs.grad[0].tolist() == pytest.approx([-2 / 4, 1 / 4, 0])
@@ -64,8 +65,8 @@ def test_an_advantage_per_token_weighs_each_token_by_its_own():
 
 def test_the_same_advantage_at_every_token_is_one_for_the_completion():
     logprobs, old = logs([0.5, 0.25], [0.2, 0.9], grad=True), logs([0.4, 0.5], [0.3, 0.9])
-    one, _ = grpo_loss(logprobs, old, torch.tensor([1.5, -0.5], dtype=torch.float64), tensor([1, 1], [1, 0]), num_tokens=3)
-    each, _ = grpo_loss(logprobs, old, tensor([1.5, 1.5], [-0.5, -0.5]), tensor([1, 1], [1, 0]), num_tokens=3)
+    one, _ = grpo_loss(logprobs, old, torch.tensor([1.5, -0.5], dtype=torch.float64), tensor([1, 1], [1, 0]), divisor=3)
+    each, _ = grpo_loss(logprobs, old, tensor([1.5, 1.5], [-0.5, -0.5]), tensor([1, 1], [1, 0]), divisor=3)
     assert one.item() == each.item()
 
 
@@ -107,7 +108,7 @@ def test_loss_of_two_completions_by_hand():
     A = -1, old 0.2: new 0.3, 0.2       -> ratios 1.5, 1.0; the third token is padding   -1 * (1.5 + 1.0) = -2.5
     """
     new, old = logs([0.55, 0.5, 0.4], [0.3, 0.2, 0.9]), logs([0.5] * 3, [0.2] * 3)
-    loss, stats = grpo_loss(new, old, torch.tensor([2.0, -1.0]), tensor([1, 1, 1], [1, 1, 0]), num_tokens=5)
+    loss, stats = grpo_loss(new, old, torch.tensor([2.0, -1.0]), tensor([1, 1, 1], [1, 1, 0]), divisor=5)
     assert loss.item() == pytest.approx(-(5.8 - 2.5) / 5)
     assert stats["ratio"] == pytest.approx(1.1 + 1.0 + 0.8 + 1.5 + 1.0)
     assert stats["k1_kl_old"] == pytest.approx(-math.log(1.1 * 0.8 * 1.5))  # old - new
@@ -125,7 +126,7 @@ def test_loss_of_two_completions_by_hand():
 def test_the_clip_is_pessimistic_for_both_signs(advantage, ratio, objective, gradient):
     """PPO, equation 7. d(ratio A)/d logprob = ratio A where the unclipped branch is the smaller one, else 0."""
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, stats = grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), num_tokens=1)
+    loss, stats = grpo_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), divisor=1)
     loss.backward()
     assert -loss.item() == pytest.approx(objective)
     assert -logprobs.grad.item() == pytest.approx(gradient)
@@ -139,7 +140,7 @@ def test_the_clip_is_pessimistic_for_both_signs(advantage, ratio, objective, gra
 def test_clip_low_and_clip_high_are_separate(clip_low, clip_high, ratio, advantage, objective):
     """The ratio stays within [1 - clip_low, 1 + clip_high]; DAPO's clip-higher raises the upper end alone (arXiv
     2503.14476)."""
-    loss, _ = grpo_loss(logs([ratio]), logs([1.0]), tensor(advantage), tensor([1]), num_tokens=1, clip_low=clip_low,
+    loss, _ = grpo_loss(logs([ratio]), logs([1.0]), tensor(advantage), tensor([1]), divisor=1, clip_low=clip_low,
                         clip_high=clip_high)
     assert -loss.item() == pytest.approx(objective)
 
@@ -148,7 +149,7 @@ def test_the_first_on_policy_step_is_reinforce():
     """At ratio 1 the gradient of the loss is -A / N on every token, as in REINFORCE, wherever the clip lies."""
     logprobs = logs([0.5, 0.1, 0.3], [0.2, 0.9, 0.4], grad=True)
     loss, stats = grpo_loss(logprobs, logprobs.detach(), torch.tensor([1.5, -0.5]), tensor([1, 1, 0], [0, 1, 1]),
-                            num_tokens=8, clip_low=1e-6, clip_high=1e-6)
+                            divisor=8, clip_low=1e-6, clip_high=1e-6)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, tensor([-1.5, -1.5, 0], [0, 0.5, 0.5]) / 8)
     assert stats["ratio"] == 4 and stats["clip_frac"] == 0 and stats["k1_kl_old"] == 0
@@ -185,7 +186,7 @@ def test_the_kl_penalty_pulls_the_policy_towards_the_reference():
     other way round. With p = 0.5, q = 0.25 it is 1/2; with p = 0.2, q = 0.4 it is -1. The loss adds kl_coef / N times
     that."""
     logprobs = logs([0.5, 0.2], grad=True)
-    loss, stats = grpo_loss(logprobs, logprobs.detach(), torch.zeros(1), tensor([1, 1]), num_tokens=4,
+    loss, stats = grpo_loss(logprobs, logprobs.detach(), torch.zeros(1), tensor([1, 1]), divisor=4,
                             ref_logprobs=logs([0.25, 0.4]), kl_coef=0.1)
     loss.backward()
     assert logprobs.grad[0].tolist() == pytest.approx([0.1 * 0.5 / 4, 0.1 * -1.0 / 4])
@@ -213,12 +214,12 @@ def test_an_unknown_average_is_refused():
         token_weights(MASK, "mean")
 
 
-@pytest.mark.parametrize("average, num_tokens", (("token", 7), ("sequence", 3), ("constant", 3)))
-def test_averages_equal_their_papers_double_loops(average, num_tokens):
+@pytest.mark.parametrize("average, divisor", (("token", 7), ("sequence", 3), ("constant", 3)))
+def test_averages_equal_their_papers_double_loops(average, divisor):
     """token (DAPO): 1/7 sum over all tokens. sequence (DeepSeekMath, equation 3): 1/3 sum_i 1/|o_i| sum_t.
     constant (Dr. GRPO): 1/3 sum_i 1/limit sum_t, here with limit 10."""
     new, old, advantages = random_step(rows=3, width=5)
-    loss, _ = grpo_loss(new, old, advantages, token_weights(MASK, average, max_new_tokens=10), num_tokens=num_tokens)
+    loss, _ = grpo_loss(new, old, advantages, token_weights(MASK, average, max_new_tokens=10), divisor=divisor)
     expected = 0.0
     for i, length in enumerate((4, 1, 2)):
         total = 0.0
@@ -243,17 +244,17 @@ def random_step(rows: int, width: int, seed: int = 0):
 @pytest.mark.parametrize("average", ("token", "sequence", "constant"))
 @pytest.mark.parametrize("groups", ([[0], [1], [2], [3]], [[3, 0], [1, 2]], [[2], [0, 1, 3]]))
 def test_no_split_into_micro_batches_changes_loss_gradient_or_statistics(groups, average):
-    """num_tokens belongs to the step, so that losses, gradients and the logged sums add up, whatever stands
+    """divisor belongs to the step, so that losses, gradients and the logged sums add up, whatever stands
     together."""
     new, old, advantages = random_step(rows=4, width=6)
     lengths = torch.tensor([6, 1, 3, 2])
     weights = token_weights((torch.arange(6) < lengths[:, None]).double(), average, max_new_tokens=6)
-    num_tokens = 12 if average == "token" else 4
+    divisor = 12 if average == "token" else 4
 
     def step(groups):
         logprobs, total, sums = new.clone().requires_grad_(), 0.0, {}
         for rows in groups:
-            loss, stats = grpo_loss(logprobs[rows], old[rows], advantages[rows], weights[rows], num_tokens=num_tokens,
+            loss, stats = grpo_loss(logprobs[rows], old[rows], advantages[rows], weights[rows], divisor=divisor,
                                     ref_logprobs=old[rows] - 0.1, kl_coef=0.05)
             loss.backward()
             total += loss.item()
@@ -276,7 +277,7 @@ def test_padding_changes_neither_loss_nor_gradient(rubbish):
     def run(value):
         hidden = torch.full_like(new, value).masked_fill(MASK > 0, 0.0)
         logprobs = (new * MASK + hidden).requires_grad_()
-        loss, stats = grpo_loss(logprobs, old * MASK + hidden, advantages, MASK, num_tokens=7,
+        loss, stats = grpo_loss(logprobs, old * MASK + hidden, advantages, MASK, divisor=7,
                                 ref_logprobs=ref * MASK + hidden, kl_coef=0.1)
         loss.backward()
         return loss.item(), logprobs.grad.tolist(), stats
@@ -289,7 +290,7 @@ def test_old_and_ref_logprobs_get_no_gradient_and_stay_unchanged():
     new, old, advantages = random_step(rows=3, width=5)
     before = [t.clone() for t in (new, old, advantages, MASK)]
     new.requires_grad_()
-    loss, stats = grpo_loss(new, old, advantages, MASK, num_tokens=7, ref_logprobs=old, kl_coef=0.1)
+    loss, stats = grpo_loss(new, old, advantages, MASK, divisor=7, ref_logprobs=old, kl_coef=0.1)
     loss.backward()
     assert old.grad is None and all(torch.equal(a, b) for a, b in zip(before, (new, old, advantages, MASK)))
     assert all(isinstance(value, float) for value in stats.values())

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import corpus
-from directories import replace_directory
-from kv_cache import KVCache
-from model import Model, end_tokens, init_weights, load, save
+from machinery.checkpoints import end_tokens, load, replace_directory, save
+from model import KVCache, Model, init_weights
 
 SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import preference
-from model import load
+from machinery.checkpoints import load
+from machinery.run_folder import append_jsonl
 from preference import (RewardModel, agreement, load_reward_model, margins, preference_scores, read_pairs,
                         rows_to_score, save_reward_model)
-from run_folder import append_jsonl
 
 
 @pytest.fixture(scope="module")

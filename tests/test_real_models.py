@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import run_folder
 import train_countdown
-from batching import pad_batch, token_logprobs
-from kv_cache import KVCache
-from model import Model, init_weights, load, save
-from presets import PRESETS
-from run_folder import out_of_memory_exits, parse_config
+from machinery import run_folder
+from machinery.batching import pad_batch, token_logprobs
+from machinery.checkpoints import load, save
+from machinery.flags import out_of_memory_exits, parse_config
+from machinery.presets import PRESETS
+from model import KVCache, Model, init_weights
 from sampling import inverse_cdf, sample
 from test_model import CONFIGS, SMALL, write
 from test_training import call, interrupt, quiet_machine, rows_of, train

@@ -9,10 +9,10 @@ import pytest
 
 import rejection
 from countdown import Puzzle, is_held_out, solve
-from model import load
+from machinery.checkpoints import load
+from machinery.run_folder import append_jsonl, read_jsonl
 from rejection import FILTERS, Config, sample_rows
 from rewards import accuracy_reward
-from run_folder import append_jsonl, read_jsonl
 from sampling import Completion
 
 PUZZLE = Puzzle((3, 4, 5), 27)

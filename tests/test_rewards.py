@@ -11,8 +11,9 @@ import pytest
 import corpus
 import rewards
 from countdown import LEVELS, Puzzle, make_prompt, sample_puzzle, solve
-from rewards import (accuracy_reward, count_backtracks, count_verifications, extract_answer, format_reward, is_mixed,
-                     language_reward, needless_thinking, parse_expression, reflection_words, reward, verify)
+from evaluate import count_backtracks, count_verifications, is_mixed, reflection_words
+from rewards import accuracy_reward, extract_answer, format_reward, language_reward, parse_expression, reward, verify
+from tasks.general import needless_thinking
 
 NUMBERS, TARGET = (3, 4, 5), 27  # (4+5)*3
 RIGHT = "<answer>(4+5)*3</answer>"

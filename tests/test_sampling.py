@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import corpus
 import sampling
-from batching import pad_batch, token_logprobs
-from kv_cache import KVCache
-from model import Model, init_weights, save
-from sampling import Completion, choose_tokens, complete, sample
+from machinery.batching import pad_batch, token_logprobs
+from machinery.checkpoints import save
+from model import KVCache, Model, init_weights
+from sampling import Completion, choose_tokens, complete, sample, sample_plainly
 
 V, EOS = 16, {3}
 LENGTHS = (2, 7, 3, 3, 9, 2, 5, 2, 8, 4, 2, 6)
@@ -32,22 +32,6 @@ def model():
         for parameter in model.parameters():
             parameter *= 1 if parameter.dim() == 1 else 8
     return model
-
-
-@torch.no_grad()
-def plain(model, prompts, *, max_new_tokens, eos_ids, seed, temperature=1.0):
-    """Inverse-CDF sampling, written down: the first token whose cumulative probability exceeds the next uniform
-    number."""
-    completions = []
-    for index, prompt in enumerate(prompts):
-        uniforms, token_ids, logprobs = np.random.default_rng([seed, index]).random(max_new_tokens), [], []
-        while len(token_ids) < max_new_tokens and not eos_ids & set(token_ids):
-            log_softmax = (model(torch.tensor([prompt + token_ids]))[0, -1] / temperature).log_softmax(-1)
-            cumulative = np.cumsum(log_softmax.double().exp().numpy())
-            token_ids.append(int(np.argmax(cumulative > uniforms[len(token_ids)] * cumulative[-1])))
-            logprobs.append(log_softmax[token_ids[-1]].item())
-        completions.append(Completion(token_ids, logprobs, truncated=not eos_ids & set(token_ids)))
-    return completions
 
 
 def tokens_of(completions):
@@ -70,7 +54,7 @@ def assert_same(completions, expected):
 def test_slots_change_neither_tokens_nor_logprobs(model, slots, eos_ids, static):
     """12 prompts of 2 to 9 tokens: rows wait, share a batch, are moved together, and still write what each would write
     alone."""
-    expected = plain(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7)
+    expected = sample_plainly(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7)
     assert_same(sample(model, PROMPTS, max_new_tokens=20, eos_ids=eos_ids, seed=7, slots=slots, static=static),
                 expected)
 
@@ -79,10 +63,10 @@ def test_a_late_long_prompt_survives_when_its_row_is_moved(model):
     """Two slots. B stops at once, the long C takes its row, A stops, C moves to row 0: from its first column on, left
     of A's first."""
     prompts = [PROMPTS[0], PROMPTS[5], PROMPTS[4]]  # 2, 2 and 9 tokens
-    alone = plain(model, prompts, max_new_tokens=6, eos_ids=set(), seed=0)
+    alone = sample_plainly(model, prompts, max_new_tokens=6, eos_ids=set(), seed=0)
     a, b = alone[0].token_ids, alone[1].token_ids
     eos_ids = {b[0], a[1]}
-    expected = plain(model, prompts, max_new_tokens=6, eos_ids=eos_ids, seed=0)
+    expected = sample_plainly(model, prompts, max_new_tokens=6, eos_ids=eos_ids, seed=0)
     lengths = [len(completion.token_ids) for completion in expected]
     assert lengths[:2] == [2, 1] and lengths[2] > 2  # the story above happens
     assert_same(sample(model, prompts, max_new_tokens=6, eos_ids=eos_ids, seed=0, slots=2), expected)
@@ -91,7 +75,7 @@ def test_a_late_long_prompt_survives_when_its_row_is_moved(model):
 def test_a_prompt_of_one_token_is_enough(model):
     prompts = [[5], [9], [5]]
     settings = dict(max_new_tokens=8, eos_ids=EOS, seed=0)
-    assert_same(sample(model, prompts, **settings), plain(model, prompts, **settings))
+    assert_same(sample(model, prompts, **settings), sample_plainly(model, prompts, **settings))
 
 
 def test_a_completion_depends_on_its_index_not_on_the_rest_of_the_list(model):
@@ -114,7 +98,7 @@ def test_the_cache_is_shifted_when_its_cursor_reaches_the_end(model, monkeypatch
     monkeypatch.setattr(KVCache, "shift_left", lambda cache, n: shifts.append(n) or shift_left(cache, n))
     prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[4]] * 28  # 2, 3 and 9 tokens
     settings = dict(max_new_tokens=10, eos_ids={3, 4, 5, 6, 7, 8}, seed=3)
-    assert_same(sample(model, prompts, slots=slots, **settings), plain(model, prompts, **settings))
+    assert_same(sample(model, prompts, slots=slots, **settings), sample_plainly(model, prompts, **settings))
     assert len(shifts) > 1 and min(shifts) > 0
 
 

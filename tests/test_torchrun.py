@@ -28,10 +28,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 
-import directories
-import general
-import run_folder
 import train_countdown
+from machinery import checkpoints as directories, rl_run, run_folder
+from tasks import general
 
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
@@ -90,7 +89,10 @@ def stop_in_step_2(rank: int) -> None:
         def requested(self) -> bool:
             self.steps += 1
             return self.steps == 2 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
-    train_countdown.StopRequest = Stop
+
+        def end(self) -> None:
+            pass
+    rl_run.StopRequest = Stop
 
 
 def in_step_2(action):
@@ -254,7 +256,7 @@ def test_processes_together_log_what_one_does(runs, name):
     rows = rows_of(runs["whole"].run)[:3]
     assert all(row["gradient_norm"] > 0.01 and row["equal_groups"] == 0 for row in rows[1:])
     assert_same_rows(rows_of(runs[name].run), rows)
-    assert [row["step"] for row in run_folder.read_jsonl(runs[name].run / "samples.jsonl")] == [1, 2]
+    assert [row["step"] for row in run_folder.read_jsonl(runs[name].run / "rollouts.jsonl")] == [1] * 12 + [2] * 12
 
 
 @pytest.mark.parametrize("name", ["two", "two, fsdp", "one, fsdp"])

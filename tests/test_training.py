@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import corpus
-import general
-import run_folder
 import sft
 import train_countdown
 from conftest import TINY
 from countdown import Puzzle, is_held_out
-from model import load
+from machinery import rl_run, run_folder
+from machinery.checkpoints import load
+from sampling import sample
+from tasks import general
 
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 
@@ -89,14 +90,17 @@ def interrupt(monkeypatch, script, run, rows: int, how: str):
             if how == "killed":
                 raise Killed
             return True
-    monkeypatch.setattr(script, "StopRequest", Stop)
+
+        def end(self):
+            pass
+    monkeypatch.setattr(rl_run if script is train_countdown else script, "StopRequest", Stop)
 
 
 # ---------------------------------------------------------------------------------------------------------- RL: the run
 
 
 def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, capsys):
-    """config.json, metrics.jsonl with a row per step, samples.jsonl, curve.png, a checkpoint for AutoModelForCausalLM;
+    """config.json, metrics.jsonl with a row per step, rollouts.jsonl, curve.png, a checkpoint for AutoModelForCausalLM;
     a last line with pass@1 before and after."""
     monkeypatch.undo()
     run = tmp_path / "run"
@@ -107,7 +111,7 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
             "equal_groups", "entropy", "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate",
             "tokens"} <= rows[1].keys()
-    assert [sample["step"] for sample in run_folder.read_jsonl(run / "samples.jsonl")] == [1, 2, 4]
+    assert [row["step"] for row in run_folder.read_jsonl(run / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16 + [4] * 16
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load(run / "checkpoint")
     ids = torch.arange(12)[None]
@@ -115,7 +119,7 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
         theirs = AutoModelForCausalLM.from_pretrained(run / "checkpoint")(ids).logits
         torch.testing.assert_close(theirs, model(ids), atol=1e-4, rtol=0)
     assert {path.name for path in run.iterdir()} == {"checkpoint", "config.json", "curve.png", "metrics.jsonl",
-                                                     "samples.jsonl"}
+                                                     "rollouts.jsonl"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("held-out pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
 
@@ -205,8 +209,8 @@ def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average)
     divisors, loss = [], train_countdown.grpo_loss
     monkeypatch.setattr(general, "reward", lambda text, numbers, target, **settings: digit_reward(
         text if target > 15 else "", numbers, target))
-    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, num_tokens, **settings: divisors.append(num_tokens)
-                        or loss(*args, num_tokens=num_tokens, **settings))
+    monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, divisor, **settings: divisors.append(divisor)
+                        or loss(*args, divisor=divisor, **settings))
     row = train(monkeypatch, base, tmp_path / "run", steps=1, average=average, micro_batch_tokens=64)[1]
     assert 0 < row["equal_groups"] < 1
     assert set(divisors) == {row["tokens"] if average == "token" else 16}
@@ -238,7 +242,7 @@ def test_truncated_completions_are_counted_and_can_be_left_out(monkeypatch, base
 ), ids=("plain", "inner epochs, new reference", "first reference"))
 def test_a_resumed_run_equals_the_uninterrupted_one(monkeypatch, base, tmp_path, capsys, flags, how):
     """Stopped after step 1 (a checkpoint there), or killed after step 3 (the last one is of step 2, and row 3 is
-    written again): same metrics, same samples, same weights to the last bit."""
+    written again): same metrics, same rollouts, same weights to the last bit."""
     whole, run = tmp_path / "whole", tmp_path / "parts"
     expected = train(monkeypatch, base, whole, **flags)
     with monkeypatch.context() as patch:
@@ -252,7 +256,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(monkeypatch, base, tmp_path,
     assert len(rows_of(run)) == (2 if how == "stopped" else 4)
     assert call(monkeypatch, train_countdown, resume=run) is None
     assert rows_of(run) == expected
-    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert (run / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
     assert_equal_weights(weights(run), weights(whole))
     assert any(row["gradient_norm"] > 0 for row in expected[1:])
 
@@ -357,8 +361,8 @@ def test_muon_gets_the_matrices_and_adamw_the_rest(base):
     model, _ = load(base)
     muon, adamw = sft.build_optimizers(model, sft.Config(optimizer="muon"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices, rest = ([names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-                      for optimizer in (muon, adamw))
+    matrices, rest = ([names[id(p)] for settings in optimizer.param_groups for p in settings["params"]]
+                      for optimizer in (muon, adamw.adamw))
     assert sorted(matrices + rest) == sorted(names.values())
     assert len(matrices) == 7 and all("proj" in name for name in matrices)
 
@@ -399,28 +403,33 @@ def test_a_finished_supervised_run_resumes_to_nothing(monkeypatch, data, tmp_pat
     assert_equal_weights(weights(tmp_path / "run"), before)
 
 
-def test_an_advantage_per_token_trains_as_the_completion_s_own_does(monkeypatch, base, tmp_path):
-    """The hook of experiments/prm.py, fed with what it would replace: same weights, and its log in the metrics."""
-    def process(tasks, prompt_ids, completions, advantages):
-        assert len(tasks) == len(prompt_ids) == len(completions) == advantages.numel() == 16
-        return [[a] * len(c.token_ids) for a, c in zip(advantages.flatten().tolist(), completions)], {"seen": 1.5}
+def step(base, tmp_path, advantages, monkeypatch):
+    """One update on four completions of a sharp model, with these advantages -> its stats and the new weights."""
+    config = train_countdown.Config(model=str(base), out=str(tmp_path / "run"), batch_size=4, group_size=4, max_new_tokens=8,
+                                    eval_n=4, rollouts="none")
+    run, _, _ = train_countdown.start(config)
+    prompts = [[5, 6, 7]] * 4
+    completions = sample(run.policy, prompts, max_new_tokens=8, eos_ids={0}, seed=0)
+    trained = train_countdown.with_gradient(advantages, completions, config)
+    stats = train_countdown.update(run, [(prompts[i], completions[i]) for i in trained], advantages[trained], None,
+                                   train_countdown.loss_divisor(completions, config), config)
+    return stats, {name: value.clone() for name, value in run.policy.state_dict().items()}
 
-    train(monkeypatch, base, tmp_path / "plain", steps=2)
-    main = train_countdown.main
-    monkeypatch.setattr(train_countdown, "main", lambda: main(process=process))
-    train(monkeypatch, base, tmp_path / "hooked", steps=2)
-    plain, hooked = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("plain", "hooked"))
-    assert all(torch.equal(plain[name], hooked[name]) for name in plain)
-    assert run_folder.read_jsonl(tmp_path / "hooked" / "metrics.jsonl")[-1]["seen"] == 1.5
+
+def test_an_advantage_per_token_trains_as_the_completion_s_own_does(monkeypatch, base, tmp_path):
+    """(B, T) with the same number on every token of a completion is (B,)."""
+    own = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    one, weights_of_one = step(base, tmp_path / "a", own, monkeypatch)
+    each, weights_of_each = step(base, tmp_path / "b", own[:, None].expand(4, 8), monkeypatch)
+    assert one == each and one["gradient_norm"] > 0
+    assert_equal_weights(weights_of_one, weights_of_each)
 
 
 def test_tokens_without_an_advantage_train_nothing(monkeypatch, base, tmp_path):
-    main = train_countdown.main
-    nothing = lambda tasks, prompt_ids, completions, advantages: ([[0.0] * len(c.token_ids) for c in completions], {})
-    monkeypatch.setattr(train_countdown, "main", lambda: main(process=nothing))
-    train(monkeypatch, base, tmp_path / "run", steps=2)
-    row = run_folder.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert row["equal_groups"] == 1.0 and row["gradient_norm"] == 0.0
+    stats, weights_after = step(base, tmp_path, torch.zeros(4, 8), monkeypatch)
+    assert stats["gradient_norm"] == 0.0
+    before = load_file(base / "model.safetensors")
+    assert all(torch.equal(before[name], weights_after[name]) for name in before)
 
 
 def test_sft_makes_room_for_longer_rows(monkeypatch, base, tmp_path):

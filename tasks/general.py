@@ -1,9 +1,9 @@
 """General prompts: greetings, small talk and direct arithmetic, which want a reply and no search. Their good replies,
 their bad ones, and the three files that the later stages of R1 read.
 
-    python general.py questions --n 400 --out data/questions.jsonl  # prompts and their good replies: RL on all prompts
-    python general.py replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" non-CoT part of SFT
-    python general.py pairs --n 6000 --out data/pairs.jsonl         # prompt, chosen, rejected: for preference.py
+    python -m tasks.general questions --n 400 --out data/questions.jsonl  # prompts and their good replies: RL on all prompts
+    python -m tasks.general replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" non-CoT part of SFT
+    python -m tasks.general pairs --n 6000 --out data/pairs.jsonl         # prompt, chosen, rejected: for preference.py
 
 DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200k others, among them simple queries such
 as "hello", for which no chain of thought is given. Section 2.3.4: reward models score general prompts.
@@ -19,7 +19,7 @@ import random
 from pathlib import Path
 
 from countdown import Puzzle
-from rewards import needless_thinking, reward
+from rewards import TAGS, extract_answer, reward, verify
 
 SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
@@ -85,29 +85,43 @@ def write_chat(rng: random.Random) -> dict:
     return {"prompt": row.pop("prompt"), "completion": flawed(question, reply, flaw, rng) if flaw else reply, **row}
 
 
+def needless_thinking(completion: str) -> bool:
+    """Whether a think or answer tag stands in it. For greetings, which want a reply and no search."""
+    return any(tag in completion for tag in TAGS)
+
+
 def is_good(completion: str, good: list[str]) -> bool:
     """The rule: one of the good replies, said once, without thinking."""
     return not needless_thinking(completion) and completion.strip() in good
 
 
-def reward_completions(tasks: list, prompts: list[str], texts: list[str], judge, **weights) -> list[dict]:
+def reward_completions(problems: list, prompts: list[str], texts: list[str], judge, **weights) -> list[dict]:
     """The parts of each completion's reward, of a step that mixes puzzles with general prompts.
 
-    tasks holds a Puzzle or a question's row for each completion. A puzzle is rewarded by rules (rewards.reward, which
+    problems holds a Puzzle or a question's row for each completion. A puzzle is rewarded by rules (rewards.reward, which
     takes the weights); a general prompt with judge(prompts, texts), the reward model's scores. Beside that stands, only
     to be watched, whether the reply is good by the rule and whether it thinks.
     """
-    general = [i for i, task in enumerate(tasks) if not isinstance(task, Puzzle)]
+    general = [i for i, problem in enumerate(problems) if not isinstance(problem, Puzzle)]
     scores = dict(zip(general, judge([prompts[i] for i in general], [texts[i] for i in general]))) if general else {}
     parts = []
-    for i, (task, text) in enumerate(zip(tasks, texts)):
+    for i, (problem, text) in enumerate(zip(problems, texts)):
         if i not in scores:
-            parts.append(reward(text, *task, **weights))
+            parts.append(reward(text, *problem, **weights))
             continue
         parts.append({"reward": scores[i], "preference": scores[i], "general_thinking": needless_thinking(text)})
-        if "good" in task:
-            parts[i]["general_good"] = is_good(text, task["good"])
+        if "good" in problem:
+            parts[i]["general_good"] = is_good(text, problem["good"])
     return parts
+
+
+def verdict(problem, text: str) -> str:
+    """One line on a completion, for people: correct, or why not; of a general prompt what the rule says."""
+    if isinstance(problem, Puzzle):
+        return verify(extract_answer(text), *problem)[1]
+    if "good" not in problem:
+        return "no rule for this prompt"
+    return "good by the rule" if is_good(text, problem["good"]) else "not good by the rule"
 
 
 def question_prompt(prompt: str, style: str, tokenizer=None) -> str:
@@ -122,14 +136,14 @@ def question_prompt(prompt: str, style: str, tokenizer=None) -> str:
 
 def read_questions(path: str) -> list[dict]:
     """Rows with "prompt" and, as far as it is known, "good". Raises ValueError with the line number."""
-    from run_folder import read_jsonl  # brings torch along, which the corpus does not need
+    from machinery.run_folder import read_jsonl  # brings torch along, which the corpus does not need
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ValueError(f"got {path}, line {number} without text in prompt; expected "
-                             '{"prompt": ..., "good": [...]} as general.py questions writes it')
+                             '{"prompt": ..., "good": [...]} as python -m tasks.general questions writes it')
     if not rows:
-        raise ValueError(f"got {path} without a row; python general.py questions --out {path} writes some")
+        raise ValueError(f"got {path} without a row; python -m tasks.general questions --out {path} writes some")
     return rows
 
 
@@ -156,7 +170,7 @@ def write_rows(what: str, n: int, seed: int, style: str = "tiny", tokenizer=None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="general.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tasks.general", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("questions", "replies", "pairs"))
     parser.add_argument("--n", type=int, default=1000, help="rows")
@@ -174,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.style == "chat":
         from transformers import AutoTokenizer
 
-        from directories import find_directory
+        from machinery.checkpoints import find_directory
         try:
             tokenizer = AutoTokenizer.from_pretrained(find_directory(args.model))
         except (OSError, ValueError) as error:

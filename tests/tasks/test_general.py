@@ -2,14 +2,14 @@
 
 import json
 import random
-import sys
 
 import pytest
 
-import general
 from countdown import Puzzle
-from general import FLAWS, SMALL_TALK, draw_question, flawed, is_good, question_prompt, reward_completions, write_rows
-from rewards import final_reply, needless_thinking
+from preference import final_reply
+from tasks import general
+from tasks.general import (FLAWS, SMALL_TALK, draw_question, flawed, is_good, needless_thinking, question_prompt,
+                           reward_completions, write_rows)
 
 
 def questions(n: int = 400) -> list[dict]:

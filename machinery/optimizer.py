@@ -12,7 +12,7 @@ A model in fp32 is its own master: then this is torch.optim.AdamW and nothing el
 
 import torch
 
-from distributed import is_split, load_optimizer
+from machinery.distributed import is_split, load_optimizer
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def clip_gradients(gradients: list[torch.Tensor], max_norm: float) -> float:
 
 
 class MasterAdamW:
-    """AdamW over the parameters that require gradients. param_groups is AdamW's own (learning rate)."""
+    """AdamW over the parameters that require gradients."""
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0, offload: bool = False):
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -41,9 +41,9 @@ class MasterAdamW:
                 parameter.register_post_accumulate_grad_hook(self.collect)
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
-    @property
-    def param_groups(self) -> list[dict]:
-        return self.adamw.param_groups  # load_state_dict() makes a new list
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for settings in self.adamw.param_groups:
+            settings["lr"] = learning_rate
 
     def collect(self, parameter) -> None:
         """Adds a micro-batch's bf16 gradient to the step's fp32 sum, and frees it, as soon as autograd has made it."""

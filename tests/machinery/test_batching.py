@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-import batching
-from batching import micro_batches, pad_batch, pad_rows, token_logprobs
+from machinery import batching
+from machinery.batching import micro_batches, pad_batch, pad_rows, token_logprobs
 from model import Model, init_weights
 
 

@@ -1,7 +1,7 @@
 """What a run needs in memory, estimated from the shapes alone, before a weight is read; and what would make it fit.
 
-    python memory.py --preset gpu-24gb                     # the table of a preset
-    python memory.py --model Qwen/Qwen2.5-3B --dtype bfloat16 --lora-rank 16
+    python -m machinery.memory --preset gpu-24gb           # the table of a preset
+    python -m machinery.memory --model Qwen/Qwen2.5-3B --dtype bfloat16 --lora-rank 16
 
 The peak is the weights and the optimizer, which are always there, plus the larger of two phases: sampling (the KV
 cache) and training (gradients, activations, a chunk of logits).
@@ -11,24 +11,27 @@ Letters as in model.py; I is the width inside the MLP, N the parameters.
 
 import dataclasses
 import os
+from dataclasses import dataclass
 
 import torch
 
-from batching import LOGITS_AT_ONCE
-from directories import find_directory, read_hf_config
-from model import FAMILIES, Model, lora_layers
+from machinery.batching import LOGITS_AT_ONCE
+from machinery.checkpoints import find_directory, read_hf_config
+from machinery.flags import bad_input_exits, parse_config
+from machinery.presets import PRESETS
+from model import Linear, Model
 
 GIB = 2 ** 30
 SPARE = 0.08  # share of the device left to the CUDA context, kernels' workspaces and fragmentation
 
 
 def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1) -> dict[str, float]:
-    """Bytes by purpose, on one device, and "host" in host memory. config: the fields of train_countdown.Config."""
+    """Bytes by purpose, on one device, and "host" in host memory. config: train_countdown.Config, or the fields of it that Config has."""
     with torch.device("meta"):
         model = Model(hf_config)
     c, size = model.config, 2 if config.dtype == "bfloat16" else 4
     weights = sum(p.numel() for p in model.parameters())
-    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in lora_layers(model))
+    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in model.model["layers"].modules() if isinstance(m, Linear))
     trained = adapters if config.lora_rank else weights
     own_master = config.dtype == "float32" and not config.offload_optimizer
     state = trained * (8 + (0 if own_master else 4))  # AdamW's two moments, and the fp32 masters
@@ -80,7 +83,7 @@ def check_fits(config, *, model="", world_size: int = 1) -> None:
 
     model: the directory that is read, where it is not config.model.
     """
-    hf_config, limit = read_hf_config(find_directory(model or config.model), FAMILIES), available(config.device)
+    hf_config, limit = read_hf_config(find_directory(model or config.model)), available(config.device)
     parts = estimate(hf_config, config, world_size=world_size)
     if parts["peak"] <= limit:
         return
@@ -110,13 +113,30 @@ def describe(parts: dict[str, float]) -> str:
                      if name != "peak" and value > GIB / 20)
 
 
+@dataclass(frozen=True)
+class Config:
+    """The fields of train_countdown.Config that memory depends on, with its defaults."""
+    model: str = "models/tiny-base"  # checkpoint directory or hub id; only its config is read
+    batch_size: int = 256            # completions per step
+    max_new_tokens: int = 512        # longest completion
+    kl_coef: float = 0.0             # above 0: a reference model is kept beside the policy
+    lora_rank: int = 0               # adapters of this rank are trained, 0: all weights
+    micro_batch_tokens: int = 2048   # tokens per training pass
+    slots: int = 256                 # rows that decode at the same time
+    dtype: str = "float32"           # float32, or bfloat16 with fp32 master weights
+    activation_checkpointing: bool = False  # keep a block's input only
+    offload_optimizer: bool = False  # master weights and AdamW's moments in host memory
+    fsdp: bool = False               # split over the GPUs; the estimate is for one
+    device: str = "cpu"              # cpu or cuda
+
+
 def main() -> None:
-    from run_folder import bad_input_exits, parse_config
-    from presets import PRESETS
-    from train_countdown import Config
-    config = parse_config(Config, __doc__, presets=PRESETS)
+    names = {field.name for field in dataclasses.fields(Config)}
+    presets = {preset: {name: value for name, value in values.items() if name in names}
+               for preset, values in PRESETS.items()}
+    config = parse_config(Config, __doc__, presets=presets)
     with bad_input_exits():
-        parts = estimate(read_hf_config(find_directory(config.model), FAMILIES), config)
+        parts = estimate(read_hf_config(find_directory(config.model)), config)
     for name, value in parts.items():
         print(f"{name:>12} {value / GIB:8.2f} GiB")
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-import benchmark
-import timing
-from benchmark import Config, format_table, random_models, table_rows
+from benchmark import speed as benchmark, timing
+from benchmark.speed import Config, format_table, random_models, table_rows
+from benchmark.timing import DoesNotRun, Result, Workload, alternate, decode_bytes, matrix_parameters, training_flops
+from machinery.plots import plot_growth
 from model import Model
-from plots import plot_growth
-from timing import DoesNotRun, Result, Workload, alternate, decode_bytes, matrix_parameters, training_flops
 
 # width D, layers L, query heads H, key/value heads K, head dimension E, MLP I, vocabulary V
 SHAPE = SimpleNamespace(hidden_size=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3, intermediate_size=5,

@@ -12,18 +12,19 @@ LOGITS_AT_ONCE = 2 ** 26  # tokens x vocabulary: 256 MiB in fp32
 
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """Indices in groups of rows of like length, rows * longest row <= token_budget (a row longer than that: alone).
+    """Indices of rows of like length, put together so that rows * longest row <= token_budget (a row longer than that:
+    alone).
 
-    A memory and speed setting only: losses are summed over the step's tokens, so grouping never changes the gradient.
+    A memory and speed setting only: losses are summed over the step's tokens, so no cut changes the gradient.
     """
-    groups, group = [], []
+    batches, batch = [], []
     ascending = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for index in ascending:  # so this row is the group's longest
-        if group and (len(group) + 1) * lengths[index] > token_budget:
-            groups.append(group)
-            group = []
-        group.append(index)
-    return groups + [group] if group else groups
+    for index in ascending:  # so this row is the longest of its micro-batch
+        if batch and (len(batch) + 1) * lengths[index] > token_budget:
+            batches.append(batch)
+            batch = []
+        batch.append(index)
+    return batches + [batch] if batch else batches
 
 
 def pad_rows(rows: list[list[float]], value, *, dtype, device="cpu"):
@@ -111,11 +112,11 @@ def score(model, batch: list[tuple], temperature: float, micro_batch_tokens: int
     """Log-probs of (prompt ids, Completion) pairs under a model that does not train, as rows like the sampler's."""
     rows: list = [None] * len(batch)
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
-    for group in micro_batches(lengths, micro_batch_tokens):
-        prompts, completions = [batch[i][0] for i in group], [batch[i][1].token_ids for i in group]
+    for micro_batch in micro_batches(lengths, micro_batch_tokens):
+        prompts, completions = [batch[i][0] for i in micro_batch], [batch[i][1].token_ids for i in micro_batch]
         input_ids, mask = pad_batch(prompts, completions, device=device)  # (B, T), (B, T-1)
         logprobs, _ = token_logprobs(model, input_ids, mask, temperature)  # (B, T-1)
-        for row, i in enumerate(group):
+        for row, i in enumerate(micro_batch):
             start = len(batch[i][0]) - 1
             rows[i] = logprobs[row, start:start + len(batch[i][1].token_ids)].tolist()
     return rows

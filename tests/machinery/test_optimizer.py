@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import MasterAdamW, clip_gradients
+from machinery.optimizer import MasterAdamW, clip_gradients
 
 SETTINGS = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -50,8 +50,8 @@ def test_a_model_in_fp32_is_its_own_master():
         theirs.parameters(), **SETTINGS, fused=True)
     assert all(master is p for master, p in zip(optimizer.masters, ours.parameters(), strict=True))
     for step in range(5):
-        for group in (*optimizer.param_groups, *adamw.param_groups):
-            group["lr"] = 1e-3 * (step + 1)  # as train_countdown.py warms up
+        optimizer.set_learning_rate(1e-3 * (step + 1))  # as train_countdown.py warms up
+        adamw.param_groups[0]["lr"] = 1e-3 * (step + 1)
         train(ours, optimizer, [step])
         backward(theirs, step)
         adamw.step()
@@ -185,11 +185,10 @@ def test_training_continues_from_a_state_dict_bit_for_bit(dtype, offload):
     second.load_state_dict(weights)
     resumed = MasterAdamW(second.parameters(), **{**SETTINGS, "lr": 1.0}, offload=offload)  # its own lr is in the state
     resumed.load_state_dict(state)
-    assert resumed.param_groups[0]["lr"] == 1e-3
+    assert resumed.adamw.param_groups[0]["lr"] == 1e-3
     for a, b in zip(resumed.masters, optimizer.masters, strict=True):
         assert torch.equal(a, b)
-    for group in resumed.param_groups:  # must be the groups that the next step uses
-        group["lr"] = 1e-3
+    resumed.set_learning_rate(1e-3)  # must reach the groups that the next step uses
     train(second, resumed, range(3, 6))
     assert_equal(second, whole)
 

@@ -15,10 +15,10 @@ SmolLM2-135M-Instruct: one completion alone, and 16 prompts of very different le
 says. `qwen0.5b` and `qwen1.5b` have the shapes of Qwen2.5 and random weights, which transformers' model and ours share;
 every completion has the same length; on a CPU they are cut to 8 completions of 32 tokens. Always temperature 1.
 
-    python benchmark.py                     # 2 CPU cores: 9 minutes with TRL (pip install trl)
-    python benchmark.py --no-trl            # 3 minutes
-    python benchmark.py --growth --no-trl   # 10 more, and a picture: speed against batch size and completion length
-    python benchmark.py --device cuda --sizes qwen0.5b --no-trl --out runs/qwen.json
+    python -m benchmark.speed                     # 2 CPU cores: 9 minutes with TRL (pip install trl)
+    python -m benchmark.speed --no-trl            # 3 minutes
+    python -m benchmark.speed --growth --no-trl   # 10 more, and a picture: speed against batch size and completion length
+    python -m benchmark.speed --device cuda --sizes qwen0.5b --no-trl --out runs/qwen.json
 """
 
 import copy
@@ -33,13 +33,13 @@ from pathlib import Path
 
 import torch
 
+from benchmark.timing import (Result, Workload, alternate, random_rows, time_continuous, time_decode, time_generate,
+                              time_matmul, time_memory, time_our_steps, time_ours, time_training, time_trl_steps)
 from countdown import make_prompt, sample_puzzle, solve
-from directories import check_device
-from model import DTYPES, Model, load, rotary_tables
-from plots import plot_growth
-from run_folder import bad_input_exits, parse_config
-from timing import (Result, Workload, alternate, random_rows, time_continuous, time_decode, time_generate, time_matmul,
-                    time_memory, time_our_steps, time_ours, time_training, time_trl_steps)
+from machinery.checkpoints import DTYPES, check_device, load
+from machinery.flags import bad_input_exits, parse_config
+from machinery.plots import plot_growth
+from model import Model, rotary_tables
 
 SIZES = ("tiny", "smollm2", "qwen0.5b", "qwen1.5b")
 QWEN = {

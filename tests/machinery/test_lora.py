@@ -10,8 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import corpus
 import train_countdown
-from model import Linear, Model, add_lora, init_weights, load, lora_layers, merged, save, without_lora
-from optimizer import MasterAdamW
+from machinery import rl_run
+from machinery.checkpoints import load, save
+from machinery.lora import LoraLinear, add_lora, lora_layers, merged, without_lora
+from machinery.optimizer import MasterAdamW
+from model import Linear, Model, init_weights
 from test_model import CONFIGS, IDS, SMALL, logits_of
 from test_training import (Killed, assert_equal_weights, call, interrupt, quiet_machine, rows_of,  # noqa: F401
                            train, weights)
@@ -99,10 +102,9 @@ def one_linear():
     """W = [[1, 0], [0, 1]], A = [[1, 2]], B = [[3], [4]], scale 2: rank 1."""
     linear = Linear(2, 2, bias=False)
     linear.weight = torch.nn.Parameter(torch.eye(2), requires_grad=False)
-    linear.lora_a = torch.nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    linear.lora_b = torch.nn.Parameter(torch.tensor([[3.0], [4.0]]))
-    linear.scale, linear.adapted = 2.0, True
-    return linear
+    adapted = LoraLinear(linear, 1, 2.0, torch.Generator())
+    adapted.lora_a.data, adapted.lora_b.data = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
+    return adapted
 
 
 def test_output_and_gradients_of_one_adapter_by_hand():
@@ -252,8 +254,8 @@ LORA = dict(lora_rank=4, lora_alpha=8.0, learning_rate=2e-2, warmup_steps=1)
 
 def models_of(monkeypatch):
     """The models that runs train, as add_lora gets them."""
-    models, add = [], train_countdown.add_lora
-    monkeypatch.setattr(train_countdown, "add_lora", lambda model, *args: models.append(model) or add(model, *args))
+    models, add = [], rl_run.add_lora
+    monkeypatch.setattr(rl_run, "add_lora", lambda model, *args: models.append(model) or add(model, *args))
     return models
 
 
@@ -307,8 +309,8 @@ def test_a_resumed_run_with_adapters_equals_the_uninterrupted_one(monkeypatch, b
 def test_the_kl_of_adapters_is_to_the_frozen_model(monkeypatch, base, tmp_path):
     """No second model is loaded: 0 in the first step, when B is zero, and more in each one after it. ref_model being
     the policy itself would keep it at 0."""
-    loaded, load_one = [], train_countdown.load
-    monkeypatch.setattr(train_countdown, "load", lambda *args, **settings: loaded.append(1) or load_one(
+    loaded, load_one = [], rl_run.load
+    monkeypatch.setattr(rl_run, "load", lambda *args, **settings: loaded.append(1) or load_one(
         *args, **settings))
     rows = train(monkeypatch, base, tmp_path / "run", kl_coef=0.01, **LORA)
     kl = [row["k3_kl_ref"] for row in rows[1:]]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import stages
-from stages import Stage, check_inputs, disk_use, fingerprint, is_done, read_record, run_stage
+from machinery import stages
+from machinery.stages import Stage, check_inputs, disk_use, fingerprint, is_done, read_record, run_stage
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def script(monkeypatch, tmp_path):
 
 
 def stage(text: str = "a", data: str = "in.txt", name: str = "one") -> Stage:
-    return Stage(name, "copy_script", ("--text", text, "--data", data), Path(f"{name}.txt"))
+    return Stage(name, f"python copy_script.py --text {text} --data {data} --out {name}.txt")
 
 
 def run(*stages_):
@@ -98,12 +98,12 @@ def test_a_moved_default_is_no_change(script):
     run(stage())
     config = sys.modules["copy_script"].Config
     del sys.modules["copy_script"].Config  # no defaults known: every flag is written out
-    assert stage().command == "python copy_script.py --text a --data in.txt --out one.txt"
+    assert stage().short_command == "python copy_script.py --text a --data in.txt --out one.txt"
     run(stage())
     assert len(script) == 1
     sys.modules["copy_script"].Config = config
-    assert Stage("x", "copy_script", ("word", "--text", "a", "--no-loud", "--data", "a b"), Path("o"), "--json").command == (
-        "python copy_script.py word --no-loud --data 'a b' --json o")
+    assert Stage("x", "python -m copy_script word --text a --no-loud --data 'a b' --json o").short_command == (
+        "python -m copy_script word --no-loud --data 'a b' --json o")
 
 
 def test_a_killed_stage_is_made_again_from_nothing_where_it_cannot_resume(script):
@@ -121,7 +121,7 @@ def test_a_killed_stage_is_made_again_from_nothing_where_it_cannot_resume(script
 def test_a_killed_training_run_is_resumed_and_its_minutes_count(script, monkeypatch, saved):
     monkeypatch.setattr(stages, "RESUMABLE", ("copy_script",))
     monkeypatch.setattr(sys.modules["copy_script"], "main", lambda: train(script, saved))
-    training = Stage("run", "copy_script", ("--data", "in.txt"), Path("run"))
+    training = Stage("run", "python copy_script.py --data in.txt --out run")
     with pytest.raises(KeyboardInterrupt):
         run(training)
     record = read_record(Path("."), training)
@@ -157,7 +157,7 @@ def test_a_missing_input_names_the_command_that_makes_it(script):
     for name in ("nowhere.jsonl", "nowhere/checkpoint"):
         with pytest.raises(FileNotFoundError, match=f"without its input {name}; is it spelt right"):
             check_inputs(stage("b", name), [])
-    check_inputs(Stage("x", "copy_script", ("--model", "Qwen/Qwen2.5-1.5B"), Path("x")), [])  # a hub id
+    check_inputs(Stage("x", "python copy_script.py --model Qwen/Qwen2.5-1.5B --out x"), [])  # a hub id
 
 
 def test_a_fingerprint_is_of_weights_and_config(tmp_path):
@@ -196,19 +196,19 @@ def comparison(**settings) -> list[Stage]:
 
 @pytest.mark.parametrize("list_", (
     recipe(), recipe(style="chat", level="tinyzero", model="some/model", rl_flags="--batch-size 64 --lora-rank 8"),
-    comparison(), comparison(logits=True), comparison(data="traces.jsonl"), comparison(non_cot=False, style="chat")),
-    ids=("r1", "r1 chat", "distill", "distill logits", "distill data", "distill chat"))
+    recipe(out="my runs/it's r1", model="my models/base"), comparison(out="a b", student="c d", teacher="e f"), comparison(), comparison(logits=True), comparison(data="traces.jsonl"), comparison(non_cot=False, style="chat")),
+    ids=("r1", "r1 chat", "r1 spaces", "distill spaces", "distill", "distill logits", "distill data", "distill chat"))
 def test_every_command_is_one_that_its_script_takes(list_):
     """Each is parsed as its script parses it, so a flag that was renamed is found here and not after an hour."""
-    from run_folder import parse_config
+    from machinery.flags import parse_config
     for stage_ in list_:
         module = importlib.import_module(stage_.script)
-        words = [*map(str, stage_.arguments), stage_.out_flag, str(stage_.out)]
-        if stage_.script == "general":
-            assert words[0] in ("questions", "replies", "pairs")
+        flag, out = stage_.words[-2:]
+        if stage_.script == "tasks.general":
+            assert stage_.flags[0] in ("questions", "replies", "pairs") and flag == "--out"
         else:
-            config = parse_config(module.Config, "", words)
-            assert getattr(config, stage_.out_flag[2:]) == str(stage_.out)
+            config = parse_config(module.Config, "", [*stage_.flags, flag, out])
+            assert getattr(config, flag[2:]) == out == str(stage_.out)
 
 
 @pytest.mark.parametrize("list_", (recipe(), comparison(logits=True, teacher="models/tiny-base")), ids=("r1", "distill"))

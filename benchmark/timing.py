@@ -1,4 +1,4 @@
-"""All that benchmark.py times. A time_* function returns an amount (completion tokens, bytes or FLOPs) and seconds.
+"""All that speed.py times. A time_* function returns an amount (completion tokens, bytes or FLOPs) and seconds.
 
 The last part is what the machine allows. A ratio to another program says which of the two is slower; a share of the
 physical limit says what is left to gain. Decoding reads all weights and the whole cache for one token a row, so memory
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from batching import pad_batch, token_logprobs
 from countdown import make_prompt, sample_puzzle
 from grpo import grpo_loss
+from machinery.batching import pad_batch, token_logprobs
+from machinery.flags import fail
 from rewards import reward
-from run_folder import fail
 from sampling import sample
 
 
@@ -160,7 +160,7 @@ def time_our_steps(config, directory: Path) -> list[float]:
              "--max-new-tokens": config.max_new_tokens, "--device": config.device}
     environment = os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})
     done = subprocess.run([sys.executable, "train_countdown.py", *(str(w) for pair in flags.items() for w in pair)],
-                          capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+                          capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
     if done.returncode:
         fail(f"train_countdown.py ended with exit code {done.returncode}: {done.stderr[-500:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -300,7 +300,7 @@ def time_training(model, *, rows: int, prompt_tokens: int, completion_tokens: in
     advantages = torch.linspace(-1, 1, rows, device=device)  # (B,)
     started = now(device)
     logprobs, _ = token_logprobs(model, input_ids, mask, with_entropy=True)  # (B, T-1); the entropy is for the log
-    loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, num_tokens=rows * completion_tokens)
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), advantages, mask, divisor=rows * completion_tokens)
     loss.backward()
     seconds = now(device) - started
     model.zero_grad(set_to_none=True)

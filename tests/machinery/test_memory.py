@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
-import memory
-import run_folder
 import sft
 import train_countdown
-from memory import GIB, check_fits, estimate
-from model import DTYPES, Model, save
-from presets import PRESETS
+from machinery import memory, rl_run
+from machinery.checkpoints import DTYPES, save
+from machinery.flags import parse_config
+from machinery.memory import GIB, check_fits, estimate
+from machinery.presets import PRESETS
+from model import Model
 from train_countdown import Config
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -185,7 +186,7 @@ def refusal(config, **settings) -> str:
 def followed(message: str, config):
     """The config with the flags that the message advises, read as the command line reads them."""
     flags = re.search(r"(?<= )with (--.*) it needs about", message)[1].split()
-    changed = run_folder.parse_config(Config, "", flags)
+    changed = parse_config(Config, "", flags)
     default = dataclasses.asdict(Config())
     return dataclasses.replace(config, **{name: value for name, value in dataclasses.asdict(changed).items()
                                           if value != default[name]})
@@ -251,7 +252,7 @@ def base(tmp_path_factory):
 def test_training_that_does_not_fit_ends_before_there_is_a_run(base, monkeypatch, tmp_path, capsys):
     """One line, exit code 2, no weight read, no folder made."""
     monkeypatch.setattr(memory, "available", lambda device: 2 ** 10)
-    monkeypatch.setattr(train_countdown, "load", lambda *args, **settings: pytest.fail("read the weights"))
+    monkeypatch.setattr(rl_run, "load", lambda *args, **settings: pytest.fail("read the weights"))
     monkeypatch.setattr(sys, "argv", ["train_countdown.py", "--model", str(base), "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
         train_countdown.main()

@@ -1,4 +1,4 @@
-"""The four studies: their parts by hand, each of them from end to end in small, and the README's words and numbers,
+"""The four studies: their parts by hand, each of them from end to end in small, and the words and numbers of docs/studies.md,
 which are those of the committed results."""
 
 import importlib
@@ -13,21 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+import corpus
+from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve
+from evaluate import few_shot_examples, majority_answer, wilson_interval
+from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
+from sampling import Completion
 
-import aha  # noqa: E402
-import corpus  # noqa: E402
-import few_shot  # noqa: E402
-import mcts  # noqa: E402
-import prm  # noqa: E402
-import scorer  # noqa: E402
-import study  # noqa: E402
-import tree  # noqa: E402
-from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve  # noqa: E402
-from evaluate import few_shot_examples, majority_answer, wilson_interval  # noqa: E402
-from sampling import Completion  # noqa: E402
-
+ROOT = Path(study.__file__).parent.parent
 STUDIES = ("prm", "mcts", "few_shot", "aha")
 PUZZLE = Puzzle((3, 4, 5), 27)  # (4+5)*3
 TRACE = ("<think>\n5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,\n27/3=9 need,5 4:5+4=9?9 yes\ncheck (5+4)*3=27 yes\n</think>\n"
@@ -60,7 +52,7 @@ def tokenizer():
     ("hello:", False, "no header"),
 ))
 def test_a_line_s_label_is_whether_its_numbers_left_reach_the_target(header, reaches, why):
-    assert prm.still_reaches(header, PUZZLE) == reaches, why
+    assert line_rewards.still_reaches(header, PUZZLE) == reaches, why
 
 
 def test_labels_agree_with_the_lines_that_the_corpus_writes():
@@ -70,14 +62,14 @@ def test_labels_agree_with_the_lines_that_the_corpus_writes():
     for puzzle in (sample_puzzle(rng) for _ in range(60)):
         for line in corpus.candidate_lines(puzzle, corpus.Config()):
             header = line.header.replace("{need}", "need") + f"{line.left[0]} {line.left[1]}:"
-            label = prm.still_reaches(header, puzzle)
+            label = line_rewards.still_reaches(header, puzzle)
             assert label == (solve(line.left, line.goal) is not None)
             assert label or not corpus.solutions(line)
 
 
 def test_steps_are_the_lines_of_a_search_and_its_answer(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(TRACE)["input_ids"])
-    steps = prm.find_steps(tokens, PUZZLE)
+    steps = line_rewards.find_steps(tokens, PUZZLE)
     assert [(step.kind, step.label) for step in steps] == [
         ("ahead", 0.0), ("line", 0.0), ("ahead", 1.0), ("line", 1.0), ("answer", 1.0)]
     texts = ["".join(tokens[:step.index + 1]) for step in steps]
@@ -87,14 +79,14 @@ def test_steps_are_the_lines_of_a_search_and_its_answer(tokenizer):
 
 def test_a_line_that_is_cut_off_is_judged_where_it_ends(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>\n5+4=9,9 3:9+3=12?27 no,")["input_ids"])
-    assert prm.find_steps(tokens, PUZZLE)[-1] == prm.Step(len(tokens) - 1, "line", 1.0)
-    assert prm.find_steps(tokens[:3], PUZZLE) == []
+    assert line_rewards.find_steps(tokens, PUZZLE)[-1] == line_rewards.Step(len(tokens) - 1, "line", 1.0)
+    assert line_rewards.find_steps(tokens[:3], PUZZLE) == []
 
 
 def test_noise_flips_that_share_of_the_labels(tokenizer):
     ids = tokenizer(TRACE)["input_ids"]
-    steps = prm.find_steps(tokenizer.convert_ids_to_tokens(ids), PUZZLE)
-    traces = [prm.Trace(PUZZLE, [5, 6], ids, TRACE, steps)] * 1000
+    steps = line_rewards.find_steps(tokenizer.convert_ids_to_tokens(ids), PUZZLE)
+    traces = [line_rewards.Trace(PUZZLE, [5, 6], ids, TRACE, steps)] * 1000
     clean = prm.scorer_examples(traces, 0.0, seed=0)
     assert clean[0] == ([5, 6] + ids, [2 + step.index for step in steps], [step.label for step in steps])
     noisy = prm.scorer_examples(traces, 0.2, seed=0)
@@ -130,8 +122,8 @@ def test_the_plain_vote_is_the_evaluator_s():
 
 
 def test_a_search_in_one_number():
-    steps = [prm.Step(0, "ahead", 0), prm.Step(1, "line", 0), prm.Step(2, "ahead", 1), prm.Step(3, "line", 1),
-             prm.Step(4, "answer", 1)]
+    steps = [line_rewards.Step(0, "ahead", 0), line_rewards.Step(1, "line", 0), line_rewards.Step(2, "ahead", 1), line_rewards.Step(3, "line", 1),
+             line_rewards.Step(4, "answer", 1)]
     assert prm.weigh(steps, [0.9, 0.2, 0.9, 0.6, 0.7]) == {"mean": 0.4, "min": 0.2, "last": 0.6, "answer": 0.7}
     assert prm.weigh([], []) == {"mean": 0.0, "min": 0.0, "last": 0.0, "answer": 0.0}
 
@@ -140,8 +132,8 @@ def test_rerank_by_hand():
     """Two of four answers are right, and the scorer likes one of them best. Blocks of two: right and wrong, right and
     wrong; by score the first block takes the right one, the second the wrong one."""
     right, wrong = "<answer>(4+5)*3</answer>", "<answer>4+5+3</answer>"
-    steps = [prm.Step(0, "line", 1.0), prm.Step(1, "answer", 1.0)]
-    traces = [prm.Trace(PUZZLE, [1], [1, 2], text, steps) for text in (right, wrong, wrong, right)]
+    steps = [line_rewards.Step(0, "line", 1.0), line_rewards.Step(1, "answer", 1.0)]
+    traces = [line_rewards.Trace(PUZZLE, [1], [1, 2], text, steps) for text in (right, wrong, wrong, right)]
     ways = prm.rerank(traces, [[0.9, 0.9], [0.1, 0.1], [0.5, 0.5], [0.2, 0.2]], 4)
     assert dict(ways["PRM, last"]) == {1: 0.5, 2: 0.5, 4: 1.0}
     assert dict(ways["majority"]) == {1: 0.5, 2: 0.5, 4: 1.0}  # ties go to the first
@@ -173,9 +165,11 @@ def test_step_rewards_reach_the_tokens_of_their_lines(tokenizer, two_searches, f
     """Two scores in a group are worth 1 and -1: normalised, up to the line's end and not behind it; paid, on the whole
     completion. Weighted 0.5, and the outcome's 2 and -2 on top."""
     completions, ends = two_searches
-    process = prm.step_rewarder(Yes(tokenizer), tokenizer, 1.0, 0.5, form)
-    rows, log = process([PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
-    for row, end, sign in zip(rows, ends, (1, -1)):
+    advantages, log = line_rewards.line_advantages(Yes(tokenizer), tokenizer, [PUZZLE] * 2, [[7]] * 2, completions,
+                                                   torch.tensor([[2.0, -2.0]]), (1.0, 0.5, form))
+    for completion, row, end, sign in zip(completions, advantages, ends, (1, -1)):
+        row, behind_it = row[:len(completion.token_ids)].tolist(), row[len(completion.token_ids):]
+        assert not behind_it.any()
         assert row[:end + 1] == pytest.approx([sign * 2.5] * (end + 1), abs=1e-4)
         assert row[end + 1:] == pytest.approx([sign * (2.0 + 0.5 * behind)] * (len(row) - end - 1), abs=1e-4)
     assert log == {"prm_score": pytest.approx(0.5), "lines": 1.0, "lines_that_reach": 0.5}
@@ -185,9 +179,9 @@ def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
     """"4+4=8,8 3:8*3=27?27 yes" is false twice, and the scorer that looks for a yes pays it as much as a true one."""
     completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in
                    ("4+4=8,8 3:8*3=27?27 yes\n", "5+4=9,9 3:9*3=27?27 yes\n")]
-    rows, log = prm.step_rewarder(Yes(tokenizer), tokenizer, 0.0, 1.0, "normalised")(
-        [PUZZLE] * 2, [[7]] * 2, completions, torch.tensor([[2.0, -2.0]]))
-    assert not any(map(any, rows)) and log["lines_that_reach"] == 0.5
+    advantages, log = line_rewards.line_advantages(Yes(tokenizer), tokenizer, [PUZZLE] * 2, [[7]] * 2, completions,
+                                                   torch.tensor([[2.0, -2.0]]), (0.0, 1.0, "normalised"))
+    assert not advantages.any() and log["lines_that_reach"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ the tree
@@ -224,7 +218,7 @@ def test_a_line_written_twice_is_one_child_and_costs_twice(tokenizer):
 
 def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
     """A random policy: nothing is solved, but the tokens are counted, and a search that can add nothing stops."""
-    from model import load
+    from machinery.checkpoints import load
     model, tokenizer = load(base)
     puzzles = scorer.held_out_puzzles(3, 0)
     asked = []
@@ -307,9 +301,9 @@ def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
 
 def test_arms_of_the_aha_study_differ_in_one_switch():
     for arm, flags in aha.ARMS.items():
-        assert len(flags) == (0 if arm == "full" else 2 if arm == "wrong answers" else 1)
-        commands = [stage.arguments for stage in aha.base_stages(aha.Config(), arm)]
-        assert commands[1][2:] == aha.base_stages(aha.Config(), "full")[1].arguments[2:]
+        assert flags.count("--") == (arm != "full")
+        commands = [stage.flags for stage in aha.base_stages(aha.Config(), arm)]
+        assert commands[1][2:] == aha.base_stages(aha.Config(), "full")[1].flags[2:]
 
 
 # ------------------------------------------------------------------------------------------ studies: order and results
@@ -325,7 +319,7 @@ def test_a_piece_is_computed_once(tmp_path):
 
 
 def test_a_share_has_the_interval_of_one_seed():
-    entry = study.share([0.4, 0.6], 100)
+    entry = study.with_interval([0.4, 0.6], 100)
     assert (entry["low"], entry["high"]) == wilson_interval(0.5, 100)
     assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and study.text(entry) == "50.0% (40.4% to 59.6%)"
 
@@ -333,7 +327,7 @@ def test_a_share_has_the_interval_of_one_seed():
 @pytest.mark.parametrize("a, b, words", (
     (0.9, 0.5, "better than"), (0.5, 0.9, "worse than"), (0.5, 0.55, "no different from")))
 def test_shares_differ_where_their_intervals_part(a, b, words):
-    assert study.compared(study.share([a], 100), study.share([b], 100)) == words
+    assert study.compared(study.with_interval([a], 100), study.with_interval([b], 100)) == words
 
 
 def run(study_name, *flags):
@@ -343,7 +337,7 @@ def run(study_name, *flags):
         patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
         patch.chdir(ROOT)
         try:
-            importlib.import_module(study_name).main()
+            importlib.import_module(f"experiments.{study_name}").main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -355,7 +349,7 @@ def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_pa
     folder = tmp_path / "out-quick"
     results = json.loads((folder / f"{name}.json").read_text())
     assert (folder / f"{name}.png").stat().st_size > 20_000
-    assert importlib.import_module(name).verdict(results) in capsys.readouterr().out
+    assert importlib.import_module(f"experiments.{name}").verdict(results) in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run(name, "--quick", "--out", tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
@@ -375,12 +369,13 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_readme_has_the_committed_results_in_words_picture_and_command(name):
+def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_command(name):
     """Both sentences and all tables are made from the JSON, number for number, by the study itself."""
-    study_, folder = importlib.import_module(name), ROOT / "experiments" / "results"
-    results, readme = json.loads((folder / f"{name}.json").read_text()), (ROOT / "README.md").read_text()
-    assert study_.verdict(results) in readme and study_.table(results) in readme
+    study_, folder = importlib.import_module(f"experiments.{name}"), ROOT / "experiments" / "results"
+    results, page = json.loads((folder / f"{name}.json").read_text()), (ROOT / "docs" / "studies.md").read_text()
+    assert study_.verdict(results) in page and study_.table(results) in page
     assert (folder / f"{name}.md").read_text() == f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
-    assert f"](experiments/results/{name}.png)" in readme and f"python experiments/{name}.py" in readme
+    assert f"](../experiments/results/{name}.png)" in page and f"python -m experiments.{name}" in page
+    assert results["command"] == f"python -m experiments.{name}"
     assert (folder / f"{name}.png").stat().st_size > 20_000
     assert not results["config"]["quick"] and results["config"]["seeds"] == study_.Config().seeds >= 2

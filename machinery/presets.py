@@ -1,7 +1,7 @@
 """Named sets of values for train_countdown.py: `--preset NAME`; flags override them.
 
     python train_countdown.py --preset gpu-24gb --out runs/qwen1.5b
-    python memory.py --preset gpu-24gb                              # what that needs, line by line
+    python -m machinery.memory --preset gpu-24gb                    # what that needs, line by line
 
 Memory is memory.py's estimate of the peak on the device. Of the GPU presets no run has been timed.
 """

@@ -19,7 +19,8 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from run_folder import fail, saved_checkpoint
+from machinery.flags import fail
+from machinery.run_folder import saved_checkpoint
 
 INPUT_FLAGS = ("--model", "--data", "--general", "--preference", "--non-cot", "--teacher")  # what they name is an input
 RESUMABLE = ("train_countdown", "sft")
@@ -28,28 +29,44 @@ RESUMABLE = ("train_countdown", "sft")
 @dataclass(frozen=True)
 class Stage:
     name: str
-    script: str               # the module, without .py
-    arguments: tuple          # its command line without --out
-    out: Path                 # what it makes: a run folder, or a file
-    out_flag: str = "--out"
+    command: str  # python SCRIPT.py or python -m MODULE, its flags, and last --out (or --json) with what it makes
 
     @property
-    def command(self) -> str:
+    def words(self) -> list[str]:
+        return shlex.split(self.command)
+
+    @property
+    def script(self) -> str:
+        """The module to import."""
+        return self.words[2] if self.words[1] == "-m" else self.words[1].removesuffix(".py")
+
+    @property
+    def flags(self) -> list[str]:
+        """All but what it makes."""
+        return self.words[3 if self.words[1] == "-m" else 2:-2]
+
+    @property
+    def out(self) -> Path:
+        """A run folder, or a file."""
+        return Path(self.words[-1])
+
+    @property
+    def short_command(self) -> str:
         """As one would type it: without the flags that name a default."""
         config = getattr(importlib.import_module(self.script), "Config", None)
         defaults = {f"--{field.name.replace('_', '-')}": str(field.default)
                     for field in fields(config) if field.type is not bool} if config else {}
-        words, given = ["python", f"{self.script}.py"], iter(map(str, self.arguments))
+        words, given = self.words[:3 if self.words[1] == "-m" else 2], iter(self.flags)
         for word in given:
             if word not in defaults:
                 words.append(word)
             elif (value := next(given)) != defaults[word]:
                 words += [word, value]
-        return shlex.join([*words, self.out_flag, str(self.out)])
+        return shlex.join(words + self.words[-2:])
 
     @property
     def inputs(self) -> list[str]:
-        return [str(value) for flag, value in zip(self.arguments, self.arguments[1:]) if flag in INPUT_FLAGS]
+        return [value for flag, value in zip(self.flags, self.flags[1:]) if flag in INPUT_FLAGS]
 
 
 def fingerprint(path) -> str:
@@ -82,7 +99,7 @@ def write_record(folder: Path, stage: Stage, record: dict) -> None:
 
 def beginning(stage: Stage) -> dict:
     """What a stage depends on, as its record says from the start."""
-    return {"arguments": [*map(str, stage.arguments)], "inputs": {name: fingerprint(name) for name in stage.inputs}}
+    return {"arguments": stage.flags, "inputs": {name: fingerprint(name) for name in stage.inputs}}
 
 
 def begins_with(record: dict, start: dict) -> bool:
@@ -103,7 +120,7 @@ def check_inputs(stage: Stage, stages: list[Stage]) -> None:
         maker = next((other for other in stages if name in (str(other.out), str(other.out / "checkpoint"))), None)
         if maker:
             raise FileNotFoundError(f"got stage {stage.name} without its input {name}, which stage {maker.name} makes: "
-                                    f"{maker.command}")
+                                    f"{maker.short_command}")
         if name.endswith((".jsonl", "/checkpoint")):  # anything else may be a hub id
             raise FileNotFoundError(f"got stage {stage.name} without its input {name}; is it spelt right?")
 
@@ -118,16 +135,15 @@ def set_aside(path: Path) -> None:
     print(f"moved {path}, made by another command or from other inputs, to {old}")
 
 
-def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str, **hooks) -> dict:
-    """Runs the stage unless it is done -> its record. go_on: the command that continues after an interruption; hooks go
-    to the script's main()."""
+def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str) -> dict:
+    """Runs the stage unless it is done -> its record. go_on: the command that continues after an interruption."""
     if is_done(folder, stage):
         return read_record(folder, stage)
     check_inputs(stage, stages)
     record, start = read_record(folder, stage), beginning(stage)
     ours = begins_with(record, start) and not record.get("output")
     earlier = record.get("minutes", 0.0) if ours else 0.0
-    arguments = [*stage.arguments, stage.out_flag, stage.out]
+    arguments = stage.flags + stage.words[-2:]
     saved = saved_checkpoint(stage.out)
     if ours and stage.script in RESUMABLE and saved:
         earlier += max(0.0, saved.stat().st_mtime - record["started"]) / 60  # an attempt that was killed
@@ -139,13 +155,13 @@ def run_stage(folder: Path, stage: Stage, stages: list[Stage], go_on: str, **hoo
             set_aside(stage.out)
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    start = {"command": stage.command, **start}  # the command is for the reader; a default that moves changes it
+    start = {"command": stage.short_command, **start}  # the command is for the reader; a default that moves changes it
     write_record(folder, stage, {**start, "minutes": earlier, "started": started})
-    print(f"\n=== {stage.name}\n{stage.command}", flush=True)
+    print(f"\n=== {stage.name}\n{stage.short_command}", flush=True)
     before, sys.argv = sys.argv, [f"{stage.script}.py", *map(str, arguments)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        importlib.import_module(stage.script).main(**hooks)
+        importlib.import_module(stage.script).main()
     except SystemExit as stop:
         if stop.code:
             minutes = earlier + (time.time() - started) / 60

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # the two processes know nothing of conftest.py
 
-import distributed as d
+from machinery import distributed as d
 from model import Model, init_weights
 
 LENGTHS = (12, 5, 9, 7, 4)  # rank 0 takes the first 2 sequences, rank 1 the other 3: different tokens, different passes
@@ -45,7 +45,7 @@ def adamw(model):
 
 def backward(model, rows):
     """One micro-batch a sequence; the loss is divided by the tokens of all sequences, whoever has them."""
-    d.even_passes(model, len(rows))
+    d.add_missing_passes(model, len(rows))
     for ids in rows:
         logprobs = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])
         (-logprobs.sum() / TOKENS).backward()
@@ -83,7 +83,7 @@ def two_processes(folder: Path) -> None:
     faulthandler.dump_traceback_later(60, exit=True)  # a deadlock ends here, and shows where
     device = d.start("cpu")
     rank, found = d.rank(), {}
-    rows = [ROWS[i] for i in d.share(len(ROWS))]
+    rows = [ROWS[i] for i in d.own_part(len(ROWS))]
     found["start"] = (device, d.rank(), d.world_size(), torch.get_num_threads())
     found["gather"] = d.gather([(rank, i) for i in range(3 - rank)])
     found["sum"] = d.sum_over_ranks({"a": 0.1 + rank, **({"b": 2.0} if rank else {})})
@@ -189,7 +189,7 @@ def test_shares_cover_all_prompts_once_in_order_and_evenly(monkeypatch, world):
         shares = []
         for rank in range(world):
             monkeypatch.setattr(d, "rank", lambda: rank)
-            shares.append(list(d.share(n)))
+            shares.append(list(d.own_part(n)))
         assert sum(shares, []) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -198,7 +198,7 @@ def test_more_processes_than_prompts_are_refused(monkeypatch):
     """A rank without prompts would sample nothing, at full price."""
     monkeypatch.setattr(d, "world_size", lambda: 4)
     with pytest.raises(ValueError, match="got 3 prompts a step for 4 processes.*--batch-size"):
-        d.share(3)
+        d.own_part(3)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -363,12 +363,12 @@ def test_nothing_whole_is_left_behind(two):
 def test_one_process_needs_no_second_path(monkeypatch):
     """Without torchrun every function leaves things as they are."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert (d.start("cpu"), d.rank(), d.world_size(), d.share(3)) == ("cpu", 0, 1, range(3))
+    assert (d.start("cpu"), d.rank(), d.world_size(), d.own_part(3)) == ("cpu", 0, 1, range(3))
     assert d.gather([1, 2]) == [1, 2] and d.sum_over_ranks({"a": 1.5}) == {"a": 1.5}
     assert d.max_over_ranks(2) == 2 and d.any_rank(True) and not d.any_rank(False)
     model = fresh()
     d.shard(model, dtype=torch.bfloat16)
-    d.even_passes(model, 0)
+    d.add_missing_passes(model, 0)
     with d.whole_weights(model) as whole:
         assert whole is model
     gradient = torch.ones(2)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from directories import check_device
+from machinery.checkpoints import check_device
 from model import Model
 
 # ------------------------------------------------------------------------------------------- processes, numbers, lists
@@ -69,8 +69,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(n: int) -> range:
-    """Which of a step's n prompts this rank takes. In rank order the shares cover all n; sizes differ by at most 1."""
+def own_part(n: int) -> range:
+    """Which of a step's n prompts this rank takes. In rank order the parts cover all n; sizes differ by at most 1."""
     if n < world_size():
         raise ValueError(f"got {n} prompts a step for {world_size()} processes, expected at least one each; raise "
                          "--batch-size, lower --group-size or start fewer processes")
@@ -173,7 +173,7 @@ def shard(model: Model, *, dtype: torch.dtype) -> None:
     model.skeleton = (skeleton,)  # in a tuple, so that it is no submodule; only a sharded model has one
 
 
-def even_passes(model: Model, passes: int) -> None:
+def add_missing_passes(model: Model, passes: int) -> None:
     """All ranks, before the micro-batches of an optimizer step; passes: how many this rank has, 0 too.
 
     Under FSDP a forward and a backward are collective, so a rank with fewer micro-batches than the others would leave

@@ -1,0 +1,1 @@
+"""Our speed beside that of transformers and TRL, and beside what the machine can do: python -m benchmark.speed."""

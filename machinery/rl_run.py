@@ -1,0 +1,156 @@
+"""What a reinforcement learning run carries from step to step; how it begins, goes on after a kill, saves and stops.
+
+train_countdown.py and the study of process rewards (experiments/prm.py) have loops of their own over these pieces.
+config is train_countdown.Config.
+"""
+
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from machinery import distributed
+from machinery.checkpoints import DTYPES, load
+from machinery.flags import StopRequest, bad_input_exits, fail
+from machinery.lora import add_lora, merged
+from machinery.memory import check_fits
+from machinery.optimizer import MasterAdamW
+from machinery.rollouts import Rollout
+from machinery.run_folder import append_jsonl, find_checkpoint, load_checkpoint, rewind_log, save_checkpoint
+from model import Model
+
+
+@dataclass
+class Run:
+    folder: Path
+    policy: Model
+    tokenizer: object
+    device: str
+    own: range               # of a step's P prompts those that this process takes; alone: all
+    first_rank: bool         # the process that prints, logs and saves; alone: always
+    saved: dict | None       # trainer state of the checkpoint that a resumed run goes on from
+    optimizer: MasterAdamW | None = None
+    ref_policy: Model | None = None  # the KL's reference; None with LoRA: the frozen model is it
+    step: int = 0            # optimizer steps that are done
+    started: float = 0.0     # time.time() of the beginning, moved back by what earlier attempts took
+    stop: StopRequest | None = None
+    bar: tqdm | None = None
+    evaluation_seconds: float = 0.0  # of the last one
+
+
+def open_run(config) -> Run:
+    """Device, weights and tokenizer, of the model or of the checkpoint to resume; nothing is written yet.
+
+    Raises ValueError or FileNotFoundError for whatever is wrong with them.
+    """
+    device = distributed.start(config.device)  # under torchrun: this process's GPU
+    if config.fsdp and config.dtype == "bfloat16" and not distributed.started():
+        raise ValueError("got --fsdp without torchrun, expected torchrun --nproc-per-node N train_countdown.py ...; "
+                         "N may be 1")
+    directory = find_checkpoint(config.resume) if config.resume else config.model
+    check_fits(config, model=directory, world_size=distributed.world_size())
+    own = distributed.own_part(config.batch_size // config.group_size)
+    dtype = torch.float32 if config.fsdp else DTYPES[config.dtype]  # FSDP keeps fp32, and casts itself
+    saved = None
+    if config.resume:
+        policy, tokenizer, saved = load_checkpoint(config.resume, dtype=dtype, device=device)
+    if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
+        policy, tokenizer = load(config.model, dtype=dtype, device=device)
+    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own, distributed.rank() == 0, saved)
+    if config.kl_coef and not config.lora_rank:
+        run.ref_policy = load(config.model, dtype=DTYPES[config.dtype], device=device)[0]
+    return run
+
+
+def prepare(run: Run, config) -> None:
+    """What is trained, and where a resumed run stopped."""
+    run.policy.activation_checkpointing = config.activation_checkpointing
+    if config.lora_rank:
+        add_lora(run.policy, config.lora_rank, config.lora_alpha, config.seed)
+    if config.fsdp:
+        distributed.shard(run.policy, dtype=DTYPES[config.dtype])
+    run.optimizer = MasterAdamW(run.policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+                                weight_decay=config.weight_decay, offload=config.offload_optimizer)
+    run.started = time.time()
+    if run.saved:
+        run.step, run.started = run.saved["step"], run.started - 60 * run.saved["minutes"]
+        run.policy.load_state_dict(run.saved["adapters"], strict=False)
+        run.optimizer.load_state_dict(run.saved["optimizer"])
+        if run.ref_policy and run.saved["ref_model"]:
+            run.ref_policy.load_state_dict(run.saved["ref_model"])
+        if run.first_rank:
+            with bad_input_exits():
+                for name in ("metrics.jsonl", "rollouts.jsonl"):
+                    rewind_log(run.folder / name, run.step)
+        run.saved = {"step": run.step}  # the rest is in place
+    run.stop = StopRequest()
+
+
+@contextmanager
+def sampling_weights(model: Model):
+    """The policy as it samples: adapters merged into the weights, weights that are split over GPUs put together."""
+    with distributed.whole_weights(model) as whole, merged(whole):
+        yield whole
+
+
+def save(run: Run, config) -> None:
+    """All ranks: the run's checkpoint, from which --resume goes on."""
+    policy = run.policy
+    adapters = {name: p.detach() for name, p in policy.named_parameters() if config.lora_rank and p.requires_grad}
+    with merged(policy):
+        save_checkpoint(run.folder, policy, run.tokenizer, {
+            "step": run.step, "minutes": (time.time() - run.started) / 60, "optimizer": run.optimizer.state_dict(),
+            "adapters": adapters,
+            "ref_model": run.ref_policy.state_dict() if run.ref_policy and config.ref_every else None})
+
+
+def save_or_stop(run: Run, config, go_on: str) -> None:
+    """All ranks, at the end of a step: the checkpoint where one is due; and the end, with exit code 130, after Ctrl-C.
+    go_on: the command that continues."""
+    stopping = distributed.any_rank(run.stop.requested)  # Ctrl-C may have reached one process only
+    if run.step % config.save_every == 0 or run.step == config.steps or stopping:
+        save(run, config)
+    if stopping and run.step < config.steps:
+        run.bar.close()
+        if run.first_rank:
+            print(f"stopped after step {run.step}; continue with: {go_on}")
+        raise SystemExit(130)
+
+
+def stop_on_broken_logprobs(completions, run: Run) -> None:
+    if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
+        fail(f"got log-probs of nan at step {run.step + 1}, expected finite ones: the weights are broken; the checkpoint "
+             f"before that is kept in {run.folder / 'checkpoint'}. Lower --learning-rate")
+
+
+def stop_on_broken_gradient(norm: float, run: Run, config) -> None:
+    if math.isfinite(norm):
+        return
+    if config.inner_epochs == 1:  # else the policy may be in the middle of a step: the last checkpoint is the good one
+        save(run, config)
+    fail(f"got a gradient norm of {norm} at step {run.step + 1}, expected a finite one; the last good weights are in "
+         f"{run.folder / 'checkpoint'}. Lower --learning-rate or --clip-norm")
+
+
+def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
+    """metrics.jsonl, rollouts.jsonl, the bar, and now and then a sample on the screen; the first rank's work."""
+    if not run.first_rank:
+        return
+    if not run.bar.n - run.bar.initial:
+        evaluations = math.ceil((config.steps - run.step) / config.eval_every)
+        minutes = ((config.steps - run.step) * row["seconds"] + evaluations * run.evaluation_seconds) / 60
+        tqdm.write(f"the first step took {row['seconds']:.1f} s here: about {minutes:.0f} minutes for all {config.steps}")
+    run.bar.update()
+    run.bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row.get('accuracy', math.nan):.0%}",
+                        length=f"{row['completion_tokens']:.0f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+    shown = run.step % config.sample_every == 0 or run.step == 1
+    if shown:
+        tqdm.write(f"--- step {run.step}, reward {rollouts[0].parts['reward']:.2f}")
+        tqdm.write(rollouts[0].prompt.removesuffix("<think>") + rollouts[0].text + "\n")
+    if config.rollouts == "every" or config.rollouts == "sampled" and shown:
+        append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))
+    append_jsonl(run.folder / "metrics.jsonl", row)
