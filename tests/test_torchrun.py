@@ -340,7 +340,7 @@ def test_when_one_process_gives_up_the_other_does_not_wait_for_it(base, start, r
     first, last = start(*flags, world=2, mishap=memory_of_the_last_process_is_full)
     assert last.code == 2 and last.error.startswith("error: out of memory") and first.code not in (0, None)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
-        log.write('{"step": 2, "rew')
+        log.write('{"step": 1, "rew')
     first, last = start("--resume", tmp_path / "run", world=2)
     assert first.code == 2 and "metrics.jsonl, line 3" in first.error and last.code not in (0, None)
 
