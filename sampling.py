@@ -1,10 +1,10 @@
 """The sampling loop: prompts in, completions with their log-probs out.
 
-sample_plainly() is all that it means, in a dozen lines: one row, no cache. sample() writes the same tokens at the speed
-of the rows that are still writing, and is the one that scripts call; the tests hold it to the plain one.
+sample_plainly() is the whole definition, in a dozen lines: one row, no cache. sample() writes the same tokens at the
+speed of the rows that are still writing, and is the one that scripts call; the tests hold it to the plain one.
 
 A padded batch waits for its longest row. In sample() rows live in slots that stay full: a finished row makes room for
-the next prompt, and when no prompt is left the remaining rows are moved together. The prompt of a group is read once,
+the next prompt, and when no prompt is left the remaining rows are compacted into fewer. The prompt of a group is read once,
 then its keys and values are copied to the group's rows. All rows write into the same cache column, the cursor
 (model.KVCache), so a row is its column range:
 
@@ -12,14 +12,19 @@ then its keys and values are copied to the group's rows. All rows write into the
     row 0     .  p  p  t  t  t  t  t  <-       p prompt, t token, . not this row's: masked
     row 1     .  .  .  .  p  p  p  t  <-       a later prompt, put right before the cursor
 
+The next column to write is cache.end, and on the device cache.cursor, the same number. Attention reads the window of
+columns cache.begin..cache.stop, and a mask hides from each row what is not its own. Whoever runs the model moves the
+cursor: its forward pass does (cache.advance), and where a CUDA graph replays that pass without Python, sample() counts
+along.
+
 Each completion draws from its own random stream, (seed, index), so its tokens do not depend on the rows that share its
 batch, on the number of slots or on the order in which others finish, up to ties within floating-point rounding.
 
 On a GPU a decoding step is one replay of a CUDA graph (machinery/cuda_graphs.py), and the host looks only every 16
 steps at which rows are done.
 
-R rows in use, V vocabulary, U different prompts in one prefill, N completions, M max_new_tokens; model.py explains the
-other letters.
+R rows in use, S columns of the cache, W of them in the window, V vocabulary, U different prompts in one pass of prefill,
+N completions, M max_new_tokens; T tokens, L layers, K key/value heads, E head dimension.
 """
 
 from collections import Counter, deque
@@ -35,13 +40,13 @@ from machinery.checkpoints import end_tokens
 from machinery.cuda_graphs import Graphs, StaticKVCache
 from model import KVCache
 
-COLUMNS = 128           # a graph's window is a multiple of this
+WINDOW = 128  # under CUDA graphs the window begins and ends at multiples of so many columns: fewer different shapes
 
 
 @dataclass
 class Completion:
     token_ids: list[int]   # EOS included, unless truncated
-    logprobs: list[float]  # nats, of softmax(logits / temperature), before any top-p truncation
+    logprobs: list[float]  # nats, of softmax(logits / temperature), before any top-p truncation; greedy: temperature 1
     truncated: bool        # no EOS within max_new_tokens
 
 
@@ -77,8 +82,8 @@ def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[lis
     completions = sample(model, prompt_ids, eos_ids=end_tokens(model, tokenizer), **settings)
     without_eos = [c.token_ids if c.truncated else c.token_ids[:-1] for c in completions]
     texts = tokenizer.batch_decode(without_eos, skip_special_tokens=False)
-    return prompt_ids, completions, ["<think>" * prompt.endswith("<think>") + text for prompt, text in
-                                     zip(prompts, texts)]
+    texts = [f"<think>{text}" if prompt.endswith("<think>") else text for prompt, text in zip(prompts, texts)]
+    return prompt_ids, completions, texts
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
@@ -115,7 +120,7 @@ def inverse_cdf(weights, uniforms, block: int = 128):
     """
     def first_above(weights, target):  # (R, n), (R,) -> (R,)
         cumulative = weights.double().cumsum(-1)
-        target = torch.minimum(target, cumulative[:, -1] * (1 - 2 ** -53))  # rounding must not lead past the last one
+        target = torch.minimum(target, cumulative[:, -1] * (1 - 2 ** -53))  # else rounding could choose a weight of 0
         return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
 
     rows, size = weights.shape
@@ -138,14 +143,16 @@ def inverse_cdf(weights, uniforms, block: int = 128):
 class Rows:
     """The state of R rows on the device, and the decoding step, which changes it without asking the host.
 
-    Completion N is nobody's: a row that has stopped belongs to it, and whatever the row still writes goes there.
+    Line N of what is written is a scrap line: a row that has stopped goes on decoding and writes there, so that no step
+    needs to know which rows still count.
     """
 
-    def __init__(self, model, rows: int, columns: int, num_completions: int, max_new_tokens: int, *, static: bool,
-                 eos_ids, **choice):
+    def __init__(self, model, num_rows: int, columns: int, num_completions: int, max_new_tokens: int, *, static: bool,
+                 eos_ids, temperature: float, top_p: float):
         weight = model.lm_head.weight
         device, dtype = weight.device, weight.dtype
-        self.model, self.N, self.M, self.choice = model, num_completions, max_new_tokens, choice
+        self.model, self.N, self.M = model, num_completions, max_new_tokens
+        self.temperature, self.top_p = temperature, top_p
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
         # what has been written, a line a completion
         self.tokens = torch.zeros(self.N + 1, self.M, dtype=torch.long, device=device)
@@ -153,22 +160,24 @@ class Rows:
         self.uniforms = torch.zeros(self.N + 1, self.M, dtype=torch.float64, device=device)
         self.lengths = torch.zeros(self.N + 1, dtype=torch.long, device=device)
         # the rows that write it
-        self.owner = torch.full((rows,), self.N, device=device)  # (R,) which completion a row is writing
-        self.begins = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) its first column
-        self.last = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) its last token
+        self.owner = torch.full((num_rows,), self.N, device=device)  # (R,) which completion a row is writing
+        self.begins = torch.zeros(num_rows, dtype=torch.long, device=device)  # (R,) its first column
+        self.last = torch.zeros(num_rows, dtype=torch.long, device=device)  # (R,) its last token
         # (R, S): 0 on a row's own columns, -inf elsewhere
-        self.mask = torch.full((rows, columns), -torch.inf, device=device, dtype=dtype)
-        self.cache = (StaticKVCache if static else KVCache)(model.config, rows, columns, device=device, dtype=dtype)
+        self.mask = torch.full((num_rows, columns), -torch.inf, device=device, dtype=dtype)
+        self.cache = (StaticKVCache if static else KVCache)(model.config, num_rows, columns, device=device, dtype=dtype)
 
     def write(self, rows, logits) -> None:
         """Chooses a token for each of these rows (indices or a slice) from logits (R, V) and writes it down."""
         owner = self.owner[rows]
         length = self.lengths[owner].clamp(max=self.M - 1)  # (R,)
-        tokens, logprobs = choose_tokens(logits, self.uniforms[owner, length], **self.choice)
+        tokens, logprobs = choose_tokens(logits, self.uniforms[owner, length], temperature=self.temperature,
+                                         top_p=self.top_p)
         self.tokens[owner, length], self.logprobs[owner, length] = tokens, logprobs
         self.lengths[owner] = length + 1
         stopped = (tokens[:, None] == self.eos_ids).any(1) | (length + 1 == self.M)
-        self.owner[rows], self.last[rows] = owner.masked_fill(stopped, self.N), tokens
+        self.last[rows] = tokens
+        self.owner[rows] = owner.masked_fill(stopped, self.N)
 
     def step(self) -> None:
         """Every row's last token goes into the cursor's column, and the next one is chosen."""
@@ -195,7 +204,7 @@ class Rows:
         self.write(where, logits.expand(len(rows), -1))
 
     def shrink(self, rows: int, live: list[int]) -> None:
-        """Keeps the first so many rows; live ones beyond them move into the places of stopped ones."""
+        """Keeps only the first `rows` rows; live rows behind them move into the places of stopped ones."""
         movers = [row for row in live if row >= rows]
         holes = sorted(set(range(rows)) - set(live))[:len(movers)]
         for tensor in (self.owner, self.begins, self.last, self.mask):
@@ -239,8 +248,9 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     static = device.type == "cuda" if static is None else static
     steps = 16 if static else 1  # between two looks at which rows have stopped: a look waits for the GPU
     width = longest + max_new_tokens  # the most columns a row can need
+    # some more, so that columns are shifted to the left now and then and not at every step
     columns = width + (max(width // 4, steps) if len(prompts) > slots else steps)
-    columns += -columns % COLUMNS if static else 0
+    columns += -columns % WINDOW if static else 0
 
     rows = Rows(model, min(slots, len(prompts)), columns, len(prompts), max_new_tokens, static=static,
                 eos_ids=eos_ids, temperature=temperature, top_p=top_p)
@@ -248,7 +258,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     cache.move_cursor(longest)  # room for every prompt to the left of the cursor
     cache.begin = longest
     queue = deque(range(len(prompts)))  # indices of completions that have not begun
-    waiting = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
+    uses_left = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
     prefilled = {}  # prompt -> its keys, values and last logits
     bar = tqdm(total=len(prompts), desc=progress, unit="completion", delay=2, mininterval=1, leave=False, disable=not progress)
 
@@ -264,13 +274,13 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             streams = [np.random.default_rng([seed, first_index + index]) for index in indices]
             uniforms = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
             rows.start(list(places), list(indices), uniforms, *prefilled[prompt])
-            waiting[prompt] -= len(pairs)
-            if not waiting[prompt]:
+            uses_left[prompt] -= len(pairs)
+            if not uses_left[prompt]:
                 del prefilled[prompt]
 
     while True:
         # 1. which rows have stopped; they take the next prompts
-        done = (rows.owner == rows.N).tolist()  # the only place that waits for the device
+        done = (rows.owner == rows.N).tolist()  # this waits for the device
         live = [row for row, stopped in enumerate(done) if not stopped]
         free = [row for row, stopped in enumerate(done) if stopped]
         bar.update(len(prompts) - len(queue) - len(live) - bar.n)
@@ -280,13 +290,14 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         if not live:
             break
 
-        # 2. no prompt is left: drop stopped rows, where that pays for moving others into their places
+        # 2. no prompt is left: drop stopped rows, where that pays for moving others into their places: once an eighth has
+        #    stopped; under CUDA graphs by halves, since each size is a graph of its own
+        size = len(done)
         if static:
-            size = len(done)
-            while len(live) <= size // 2:  # each size is a graph of its own, so only by halves
+            while len(live) <= size // 2:
                 size //= 2
-        else:
-            size = len(done) if len(free) <= len(done) // 8 else len(live)
+        elif len(free) > size // 8:
+            size = len(live)
         if size < len(done):
             rows.shrink(size, live)
 
@@ -298,8 +309,8 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             begin -= shift
         cache.begin = begin
         if static:
-            cache.begin = begin - begin % COLUMNS
-            cache.stop = cache.end + steps + -(cache.end + steps) % COLUMNS
+            cache.begin = begin - begin % WINDOW
+            cache.stop = cache.end + steps + -(cache.end + steps) % WINDOW
 
         # 4. decode
         for _ in range(steps):
@@ -313,7 +324,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
 
 
 def prefill(model, prompts: list[tuple[int, ...]]):
-    """Reads U prompts; yields each with its keys, values (L, K, T, E) and the logits (V,) after its last token.
+    """Reads prompts, U at a time; yields each with its keys, values (L, K, T, E) and the logits (V,) after its last token.
 
     Rows are padded on the right, where causal attention lets no prompt token see the padding.
     """

@@ -8,20 +8,25 @@
 
 The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
-    1. draw P train problems                    5. score the tokens under ref_policy, only with --kl-coef
-    2. sample G completions of each             6. update the policy on all tokens of the step
-    3. reward them: accuracy, format            7. log; now and then evaluate on held-out puzzles, print a sample, save
-    4. advantages: who beat the group's mean
+    1. draw P train problems
+    2. sample G completions of each
+    3. reward them: accuracy, format
+    4. advantages: who beat the group's mean, and by how much
+    5. log-probs of the same tokens under ref_policy, only with --kl-coef
+    6. update the policy on the tokens of all groups that say something
+    7. log; now and then evaluate on held-out puzzles, print a sample, save
 
 Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
-no KL by default, since rules are harder to fool than a learnt judge and the reference would cost a third forward pass;
-batch 256, and a learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise
+no KL by default, since rules are harder to fool than a learnt judge and the reference would cost one more forward pass;
+batch 256, one update a batch, so that the ratio is 1 and the clip idle unless --inner-epochs says otherwise; and a
+learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise
 together; the last line says pass@1 before -> after. Every completion stays in RUN/rollouts.jsonl, and
 `python -m machinery.rollouts RUN --show 20` prints those of step 20 with their rewards and advantages.
 
-Shapes: P problems, G completions of each, B = P * G sequences, T tokens. With several processes
-(machinery/distributed.py) P and B are this process's own; what begins with all_ is everybody's. What begins, saves and
-resumes a run is in machinery/rl_run.py.
+Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
+tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what begins with all_ is
+everybody's, and "all ranks" means that every process has to call. What begins, saves and resumes a run is in
+machinery/rl_run.py.
 """
 
 import math
@@ -62,16 +67,16 @@ class Config:
     level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
     style: str = "tiny"              # prompt template: tiny, base or chat
     steps: int = 80                  # optimizer steps, one batch of fresh completions each
-    batch_size: int = 256            # completions per step, B = P * G; DeepSeek-R1-Zero uses 512
+    batch_size: int = 256            # completions per step, of all processes; DeepSeek-R1-Zero uses 512
     group_size: int = 16             # completions per prompt, G, as in DeepSeek-R1-Zero
-    max_new_tokens: int = 512        # longer completions are cut off and score 0
+    max_new_tokens: int = 512        # longer completions are cut off, and so never get to their answer
     temperature: float = 1.0         # of the policy that samples and trains
-    learning_rate: float = 1e-3      # AdamW peak; for 0.8M parameters. DeepSeek-R1-Zero: 3e-6
-    warmup_steps: int = 5            # steps with linearly rising learning rate
-    final_lr: float = 0.1            # then it falls linearly to this share of the peak; 1 keeps it, as the paper does
+    learning_rate: float = 1e-3      # of AdamW; for 0.8M parameters. DeepSeek-R1-Zero: 3e-6
+    warmup_steps: int = 5            # first steps, with linearly rising learning rate
+    final_lr: float = 0.1            # share of it that a linear fall over all steps leads to; 1: no fall, as in the paper
     weight_decay: float = 0.0        # decoupled; pulling a good policy towards zero helps nothing
     clip_norm: float = 1.0           # gradient norm limit
-    inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, so ratio and clip do work
+    inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, and ratio and clip begin to matter
     clip_low: float = 0.2            # the ratio's lower clip, 1 - clip_low
     clip_high: float = 0.2           # the ratio's upper clip, 1 + clip_high; DAPO's clip-higher: 0.28
     kl_coef: float = 0.0             # weight of the k3 KL to the reference, per token; DeepSeek-R1-Zero: 0.001
@@ -92,7 +97,7 @@ class Config:
 
     # the machine and the run folder
     out: str = "runs/zero"           # run folder to create
-    resume: str = ""                 # continue this run folder; its own config.json holds, other flags are ignored
+    resume: str = ""                 # continue this run folder with its own config.json; only CHANGEABLE flags go with it
     eval_every: int = 20             # steps between evaluations on held-out puzzles
     eval_n: int = 512                # held-out puzzles per evaluation, one sample each
     save_every: int = 20             # steps between checkpoints
@@ -164,14 +169,14 @@ def main() -> None:
         # 1. P train problems, drawn by seed and step alone, so that a resumed run draws the same ones
         rng = random.Random(f"{config.seed}, {run.step}")
         all_problems = draw_problems(rng, run.step, questions, config)  # P of all processes
-        problems = [all_problems[p] for p in run.own for _ in range(G)]  # B
+        problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B
         prompts = [prompt_of(problem, run.tokenizer, config) for problem in problems]  # B
 
         # 2. G completions of each, with the log-probs of the policy that sampled them
-        with sampling_weights(policy) as old_policy:
+        with sampling_weights(policy) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
             prompt_ids, completions, texts = complete(
                 old_policy, run.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=rng.getrandbits(32), first_index=run.own.start * G,
+                temperature=config.temperature, seed=rng.getrandbits(32), first_index=run.own_groups.start * G,
                 slots=config.slots, progress="sampling")  # B each
         sampling_seconds = time.time() - step_started
         stop_on_broken_logprobs(completions, run)
@@ -186,14 +191,14 @@ def main() -> None:
         trained = with_gradient(advantages, completions, config)  # indices of N <= B completions
         batch = [(prompt_ids[i], completions[i]) for i in trained]
 
-        # 5. the same tokens under ref_policy, for the KL
+        # 5. the same tokens under ref_policy, for the KL; with LoRA that is the policy without its adapters
         ref_logprobs = None
         if config.kl_coef:
             with without_lora(policy):
                 ref_logprobs = score(run.ref_policy or policy, batch, config.temperature, config.micro_batch_tokens,
                                      run.device)  # N lists
 
-        # 6. one optimizer step, on the tokens of all micro-batches and processes
+        # 6. one optimizer step (per inner epoch), on the tokens of all micro-batches and processes
         stats = update(run, batch, advantages[trained], ref_logprobs, loss_divisor(completions, config), config)
         stop_on_broken_gradient(stats["gradient_norm"], run, config)
         run.step += 1
@@ -204,7 +209,7 @@ def main() -> None:
         # 7. log; now and then evaluate, print a sample, save
         all_rollouts = distributed.gather(collect(
             prompts, texts, completions, parts, list(map(verdict, problems, texts)), rewards, advantages, trained,
-            first_group=run.own.start))
+            first_group=run.own_groups.start))
         row = log_row(run, all_rollouts, stats, step_started, sampling_seconds, config)
         if run.step % config.eval_every == 0 or run.step == config.steps:
             row |= evaluate_policy(run, config)
@@ -217,11 +222,11 @@ def main() -> None:
 
 
 def start(config: Config):
-    """-> (run, general questions, the reward model that judges replies to them or None). Everything that can be wrong
-    with the input is said here, before anything is written; a new run is evaluated and saved before its first step."""
+    """-> (run, general questions, the reward model that judges replies to them or None). What can be wrong with the
+    input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
     with bad_input_exits():
         run = open_run(config)
-        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # are there that many?
+        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # raises if the level has fewer
         prompts = [make_prompt(puzzle, config.style, run.tokenizer) for puzzle in held_out]
         questions, judge = [], None
         if config.general_steps:
@@ -252,10 +257,10 @@ def start(config: Config):
 
 
 def draw_problems(rng: random.Random, step: int, questions: list[dict], config: Config) -> list:
-    """P train puzzles; in R1's last steps some of them are general prompts instead."""
-    P = config.batch_size // config.group_size
-    general = max(1, round(config.general_share * P)) if step >= config.steps - config.general_steps else 0
-    problems = [sample_puzzle(rng, config.level, held_out=False) for _ in range(P - general)]
+    """The P of all processes: train puzzles; in R1's last steps some of them are general prompts instead."""
+    all_P = config.batch_size // config.group_size
+    general = max(1, round(config.general_share * all_P)) if step >= config.steps - config.general_steps else 0
+    problems = [sample_puzzle(rng, config.level, held_out=False) for _ in range(all_P - general)]
     return problems + (rng.choices(questions, k=general) if general else [])
 
 
@@ -264,22 +269,23 @@ def prompt_of(problem, tokenizer, config: Config) -> str:
 
 
 def with_gradient(advantages, completions, config: Config) -> list[int]:
-    """Which of the B completions are trained on. Without a KL, a group whose advantages are all zero has no gradient, so
-    it is not even computed; with --drop-truncated a truncated completion is none of the loss. advantages (B,), (B, T)."""
+    """Which of the B completions are trained on: without a KL none of a group whose advantages are all zero, which has no
+    gradient and need not be computed; with --drop-truncated none that is truncated. advantages (B,), or (B, T) where
+    each token has its own (experiments/line_rewards.py)."""
     has_gradient = (advantages != 0).reshape(-1, config.group_size * advantages[0].numel()).any(dim=1).tolist()  # P
     return [i for i, completion in enumerate(completions) if (config.kl_coef or has_gradient[i // config.group_size])
             and not (config.drop_truncated and completion.truncated)]
 
 
 def loss_divisor(completions, config: Config) -> int:
-    """All ranks: what the step's loss is divided by, the completion tokens of the whole step, or its completions (--average
-    sequence, constant). Those without gradient count too."""
+    """All ranks: what the step's loss is divided by: the completion tokens of the whole step, or with --average sequence
+    or constant its completions. Those without gradient count too."""
     lengths = [len(c.token_ids) for c in completions if not (config.drop_truncated and c.truncated)]
     return sum(distributed.gather(lengths if config.average == "token" else [1] * len(lengths)))
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a linear fall from the peak to final_lr of it."""
+    """The lower of two lines: up to the whole rate in warmup_steps, and down from it to final_lr of it over all steps."""
     decay = 1 - (1 - config.final_lr) * step / config.steps
     return config.learning_rate * min((step + 1) / config.warmup_steps, decay)
 
@@ -289,31 +295,32 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
 
     advantages (N,) one a completion, or (N, T) one a token, in the batch's order; ref_logprobs: N lists, or None. The
     gradient is the sum over micro-batches and processes, since each loss is divided by the whole step's divisor. Where
-    its norm is not finite, no step is taken.
+    its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the policy is still
+    the one that sampled, all else is of the last.
     """
     policy, optimizer, device = run.policy, run.optimizer, run.device
     optimizer.set_learning_rate(learning_rate(run.step, config))
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
-    passes = micro_batches(lengths, config.micro_batch_tokens)  # each a list of rows
+    cuts = micro_batches(lengths, config.micro_batch_tokens)  # each the places of b sequences in the batch
     trained_tokens = sum(distributed.gather([sum(len(completion.token_ids) for _, completion in batch)]))
     first_epoch, norm, tokens = {}, 0.0, max(1, trained_tokens)
     for epoch in range(config.inner_epochs):
         sums, max_gap = {"loss": 0.0, "entropy": 0.0, "gap": 0.0}, 0.0
-        distributed.add_missing_passes(policy, len(passes))  # --fsdp only: all ranks must make equally many
-        for rows in tqdm(passes, desc="training", delay=2, leave=False, disable=not run.first_rank):
-            prompts, completions = zip(*(batch[i] for i in rows))
-            input_ids, mask = pad_batch(prompts, [c.token_ids for c in completions], device=device)  # (B, T), (B, T-1)
-            old_logprobs = aligned([c.logprobs for c in completions], prompts, device)  # (B, T-1)
-            ref = aligned([ref_logprobs[i] for i in rows], prompts, device) if ref_logprobs else None  # (B, T-1)
+        distributed.add_missing_passes(policy, len(cuts))  # --fsdp only: all ranks must make equally many
+        for cut in tqdm(cuts, desc="training", delay=2, leave=False, disable=not run.first_rank):
+            prompts, completions = zip(*(batch[i] for i in cut))
+            input_ids, mask = pad_batch(prompts, [c.token_ids for c in completions], device=device)  # (b, T), (b, T-1)
+            old_logprobs = aligned([c.logprobs for c in completions], prompts, device)  # (b, T-1)
+            ref = aligned([ref_logprobs[i] for i in cut], prompts, device) if ref_logprobs else None  # (b, T-1)
             if advantages.dim() == 1:
-                own_advantages = advantages[rows].to(device)  # (B,)
+                cut_advantages = advantages[cut].to(device)  # (b,)
             else:
-                own_advantages = aligned([advantages[i, :len(c.token_ids)].tolist() for i, c in zip(rows, completions)],
-                                         prompts, device)  # (B, T-1)
+                cut_advantages = aligned([advantages[i, :len(c.token_ids)].tolist() for i, c in zip(cut, completions)],
+                                         prompts, device)  # (b, T-1)
 
             logprobs, entropy = token_logprobs(policy, input_ids, mask, config.temperature, with_entropy=True)
             loss, stats = grpo_loss(
-                logprobs, old_logprobs, own_advantages,
+                logprobs, old_logprobs, cut_advantages,
                 token_weights(mask, config.average, max_new_tokens=config.max_new_tokens), divisor=divisor,
                 clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
             loss.backward()
@@ -324,13 +331,13 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
         sums, max_gap = distributed.sum_over_ranks(sums), distributed.max_over_ranks(max_gap)  # of the whole step
-        if trained_tokens:  # else all groups were equal, in every process
+        if trained_tokens:  # else no completion of any process has a gradient
             gradients = optimizer.gradients()
             distributed.sum_gradients(gradients)
             norm = clip_gradients(gradients, config.clip_norm)
             if not math.isfinite(norm):
                 break
-            optimizer.step()
+            optimizer.step()  # and zero the gradients
         first_epoch = first_epoch or {"entropy": sums["entropy"] / tokens, "logprob_gap": sums["gap"] / tokens,
                                       "logprob_gap_max": max_gap}
     return {**first_epoch, "loss": sums["loss"],
@@ -342,8 +349,8 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
 
 
 def evaluate_policy(run: Run, config: Config) -> dict:
-    """All ranks: held-out pass@1 and looks of the policy as it samples, the same puzzles and random numbers every time.
-    The first rank measures, the others wait for it and get no table."""
+    """All ranks: held-out pass@1 and what completions look like, with the same puzzles and random numbers every time.
+    The first rank measures; the others wait for it and get an empty table."""
     started, table = time.time(), {}
     with sampling_weights(run.policy) as policy:
         if run.first_rank:

@@ -30,7 +30,7 @@ class Run:
     policy: Model
     tokenizer: object
     device: str
-    own: range               # of a step's P prompts those that this process takes; alone: all
+    own_groups: range        # of a step's problems those that this process takes; alone: all
     first_rank: bool         # the process that prints, logs and saves; alone: always
     saved: dict | None       # trainer state of the checkpoint that a resumed run goes on from
     optimizer: MasterAdamW | None = None
@@ -53,14 +53,14 @@ def open_run(config) -> Run:
                          "N may be 1")
     directory = find_checkpoint(config.resume) if config.resume else config.model
     check_fits(config, model=directory, world_size=distributed.world_size())
-    own = distributed.own_part(config.batch_size // config.group_size)
+    own_groups = distributed.own_part(config.batch_size // config.group_size)
     dtype = torch.float32 if config.fsdp else DTYPES[config.dtype]  # FSDP keeps fp32, and casts itself
     saved = None
     if config.resume:
         policy, tokenizer, saved = load_checkpoint(config.resume, dtype=dtype, device=device)
     if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
         policy, tokenizer = load(config.model, dtype=dtype, device=device)
-    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own, distributed.rank() == 0, saved)
+    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own_groups, distributed.rank() == 0, saved)
     if config.kl_coef and not config.lora_rank:
         run.ref_policy = load(config.model, dtype=DTYPES[config.dtype], device=device)[0]
     return run
