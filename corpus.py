@@ -20,7 +20,6 @@ Only train puzzles are used (countdown.is_held_out). One JSON object a line: pro
 numbers, target.
 """
 
-import argparse
 import json
 import random
 import re
@@ -28,6 +27,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from countdown import Puzzle, make_prompt, sample_puzzle
 from rewards import verify
@@ -53,6 +54,10 @@ class Config:
     chat: float = 0.17              # share of documents that are no search: half direct arithmetic, half small talk
     pages: float = 0.0              # share of searches that stand behind 1 to 8 others, a page by one writer; its last
                                     # search is the row's completion. A base that has read pages takes few-shot prompts
+
+    def __post_init__(self):
+        if self.n < 1 or any(not 0 <= getattr(self, f.name) <= 1 for f in fields(self) if f.type is float):
+            raise ValueError("expected n of at least 1 and every share between 0 and 1")
 
 
 WORDS = {  # each language's word for the same thing; a mixed document draws a language for every word
@@ -231,25 +236,20 @@ def build_tokenizer():
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="corpus.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Config):
-        action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **action)
-    config = Config(**vars(parser.parse_args(arguments)))
-    if config.n < 1 or any(not 0 <= getattr(config, f.name) <= 1 for f in fields(Config) if f.type is float):
-        parser.error("expected n of at least 1 and every share between 0 and 1")
+    from machinery.flags import bad_input_exits, parse_config  # brings torch along, which writing needs not
+    config = parse_config(Config, __doc__, arguments)
     if not config.out:
         for document in write_corpus(config):
             print(document["prompt"] + document["completion"] + "\n")
         return
     path = Path(config.out)
-    if path.exists():
-        parser.error(f"{path} exists and is never overwritten; name another file or delete it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for document in write_corpus(config):
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    with bad_input_exits():
+        if path.exists():
+            raise FileExistsError(f"{path} exists and is never overwritten; name another file or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for document in tqdm(write_corpus(config), total=config.n, desc="corpus", unit="document", delay=2):
+                file.write(json.dumps(document, ensure_ascii=False) + "\n")
     print(f"{config.n} documents in {path}", file=sys.stderr)
 
 

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import DTYPES, check_device, check_dtype, find_directory, load, read_directory, save
-from machinery.flags import bad_input_exits, fail, parse_config
+from machinery.flags import bad_input_exits, check_positive, fail, parse_config
 from machinery.optimizer import MasterAdamW, clip_gradients
-from machinery.run_folder import append_jsonl, create_run, read_jsonl
+from machinery.run_folder import append_jsonl, check_rows, create_run, read_jsonl
 from model import Model
 from rewards import END_THINK, THINK
 
@@ -56,9 +56,7 @@ class Config:
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_norm", "eval_pairs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        check_positive(self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_norm", "eval_pairs")
 
 
 class RewardModel(nn.Module):
@@ -144,10 +142,7 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
 def read_pairs(path: str, tokenizer, context: int) -> list[dict]:
     """Pairs with their token rows. Raises ValueError with the line number where a field is missing or too long."""
     pairs = read_jsonl(path)
-    for number, pair in enumerate(pairs, 1):
-        if not all(isinstance(pair.get(name), str) and pair[name] for name in ("prompt", "chosen", "rejected")):
-            raise ValueError(f"got {path}, line {number} without text in prompt, chosen and "
-                             "rejected; expected all three")
+    check_rows(pairs, path, ("prompt", "chosen", "rejected"), "all three")
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs])
                         for name in ("chosen", "rejected"))

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from countdown import Puzzle, check_level_and_style, make_prompt, sample_puzzles
 from machinery.checkpoints import DTYPES, check_dtype, load
-from machinery.flags import bad_input_exits, fail, parse_config
-from machinery.run_folder import append_jsonl, read_jsonl, saved_checkpoint
+from machinery.flags import bad_input_exits, check_positive, fail, parse_config
+from machinery.run_folder import append_jsonl, check_rows, read_jsonl, saved_checkpoint, write_whole
 from machinery.stages import fingerprint
 from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
 from sampling import Completion, complete
@@ -67,10 +67,8 @@ class Config:
     def __post_init__(self):
         check_level_and_style(self.level, self.style)
         check_dtype(self.dtype)
-        for name in ("n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats", "per_puzzle",
-                     "rounds", "slots"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        check_positive(self, "n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats",
+                       "per_puzzle", "rounds", "slots")
         if self.language not in ONLY_IN:
             raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
         if not 0 < self.top_p <= 1 or not 0 < self.non_cot_share < 1 or self.limit < 0:
@@ -213,10 +211,8 @@ def main() -> None:
         if out.exists():
             raise FileExistsError(f"got --out {out}, which exists and is never overwritten; name another file")
         non_cot = read_jsonl(config.non_cot) if config.non_cot else []
-        for number, row in enumerate(non_cot, 1):
-            if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
-                raise ValueError(f"got {config.non_cot}, line {number} without text in prompt and completion; "
-                                 "expected both, as python -m tasks.general replies writes them")
+        check_rows(non_cot, config.non_cot, ("prompt", "completion"),
+                   "both, as python -m tasks.general replies writes them")
         most = config.n * min(config.samples, config.per_puzzle) * config.rounds
         most = min(most, config.limit or most)
         wanted = math.ceil(most * config.non_cot_share / (1 - config.non_cot_share))
@@ -259,10 +255,7 @@ def main() -> None:
     # 3. written whole or not at all
     report_path.write_text(json.dumps({"rows": len(rows), "minutes": (time.time() - started) / 60, "rounds": reports,
                                        "config": asdict(config)}, indent=2) + "\n")
-    staging = Path(f"{out}.tmp")
-    staging.unlink(missing_ok=True)
-    append_jsonl(staging, *rows)
-    staging.replace(out)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial_path.unlink()
     print(f"{len(rows)} rows in {out}, the report in {report_path}, {(time.time() - started) / 60:.1f} minutes")
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from machinery.checkpoints import DTYPES, check_device, check_dtype, load
-from machinery.flags import StopRequest, bad_input_exits, disk_full_exits, fail, parse_config
+from machinery.flags import StopRequest, bad_input_exits, check_positive, disk_full_exits, fail, parse_config
 from machinery.optimizer import MasterAdamW, clip_gradients
-from machinery.run_folder import append_jsonl, create_run, load_checkpoint, read_jsonl, rewind_log, save_checkpoint
+from machinery.run_folder import (append_jsonl, check_rows, create_run, load_checkpoint, read_jsonl, rewind_log,
+                                  save_checkpoint)
 from model import Model, init_weights, set_context
 
 
@@ -71,10 +72,8 @@ class Config:
             raise ValueError("expected learning rates above 0, and warmup and final_lr within [0, 1]")
         if self.context < 0:
             raise ValueError(f"got context {self.context}, expected at least 0")
-        for name in ("eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every",
-                     "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        check_positive(self, "eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every",
+                       "clip_norm")
 
 
 TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
@@ -102,9 +101,7 @@ def new_model(name: str, seed: int):
 
 def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids with EOS) a row. Raises ValueError with the line number where a field is missing."""
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str) or not row["prompt"]:
-            raise ValueError(f"got {path}, line {number} without text in prompt and completion; expected both")
+    check_rows(rows, path, ("prompt", "completion"), "both")
     examples = []
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
         prompts, completions = (tokenizer([row[name] for row in rows[start:start + 4096]], add_special_tokens=False)

@@ -44,7 +44,7 @@ from grpo import group_advantages, grpo_loss, token_weights
 from machinery import distributed
 from machinery.batching import aligned, micro_batches, pad_batch, score, token_logprobs
 from machinery.checkpoints import DTYPES, check_dtype
-from machinery.flags import bad_input_exits, disk_full_exits, out_of_memory_exits, parse_config
+from machinery.flags import bad_input_exits, check_positive, disk_full_exits, out_of_memory_exits, parse_config
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
 from machinery.optimizer import clip_gradients
@@ -118,11 +118,9 @@ class Config:
         check_dtype(self.dtype)
         if self.rollouts not in KEPT:
             raise ValueError(f"got rollouts {self.rollouts!r}, expected one of {', '.join(KEPT)}")
-        for name in ("steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate",
-                     "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n", "save_every",
-                     "sample_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, expected more than 0")
+        check_positive(self, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature",
+                       "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n",
+                       "save_every", "sample_every")
         if self.general_steps and not (self.general and self.preference and 0 < self.general_share <= 1):
             raise ValueError(f"got general_steps {self.general_steps}, expected with it --general FILE.jsonl, "
                              "--preference MODEL and a general_share within (0, 1]")

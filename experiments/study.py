@@ -14,7 +14,6 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
 
 import fcntl
 import json
-import os
 import re
 import sys
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from countdown import make_prompt
 from evaluate import wilson_interval
 from machinery.flags import bad_input_exits, parse_config
+from machinery.run_folder import write_whole
 from machinery.stages import Stage, fingerprint, run_stage
 from sampling import complete
 
@@ -80,11 +80,8 @@ def seed_folder(config, seed: int) -> Path:
 
 def write_json(path: Path, value) -> None:
     """Whole or not at all: a killed study leaves no half of a file. What holds nothing nested stands on one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     pretty = json.dumps(value, indent=1)
-    staging.write_text(re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), pretty) + "\n")
-    staging.replace(path)
+    write_whole(path, re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), pretty) + "\n")
 
 
 def piece(folder: Path, name: str, make=None):

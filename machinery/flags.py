@@ -51,6 +51,12 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
         return config_class(**{**values, **given})
 
 
+def check_positive(config, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"got {name} {getattr(config, name)}, expected more than 0")
+
+
 def fail(message) -> typing.NoReturn:
     """One line on stderr and exit code 2."""
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # print() would go on in the bar's line

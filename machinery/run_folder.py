@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -51,6 +52,22 @@ def read_jsonl(path) -> list[dict]:
     return rows
 
 
+def check_rows(rows: list[dict], path, fields: tuple[str, ...], expected: str) -> None:
+    """Raises ValueError with the line number where a field is missing, no text, or empty; a completion may be empty."""
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(row.get(name), str) and (row[name].strip() or name == "completion") for name in fields):
+            words = fields[0] if len(fields) == 1 else f"{', '.join(fields[:-1])} and {fields[-1]}"
+            raise ValueError(f"got {path}, line {number} without text in {words}; expected {expected}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: a kill leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
+
+
 def rewind_log(path: Path, step: int) -> None:
     """Drops the rows that a killed run wrote past its checkpoint at this step; the resumed run writes them again.
 
@@ -74,9 +91,7 @@ def rewind_log(path: Path, step: int) -> None:
         if last > step:
             break
         kept.append(line)
-    staging = path.with_suffix(".tmp")
-    staging.write_text("".join(kept), encoding="utf-8")
-    staging.replace(path)
+    write_whole(path, "".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

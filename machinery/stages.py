@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from machinery.flags import fail
-from machinery.run_folder import saved_checkpoint
+from machinery.run_folder import saved_checkpoint, write_whole
 
 INPUT_FLAGS = ("--model", "--data", "--general", "--preference", "--non-cot", "--teacher")  # what they name is an input
 RESUMABLE = ("train_countdown", "sft")
@@ -90,11 +90,7 @@ def read_record(folder: Path, stage: Stage) -> dict:
 
 
 def write_record(folder: Path, stage: Stage, record: dict) -> None:
-    path = folder / "stages" / f"{stage.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(record, indent=2) + "\n")
-    staging.replace(path)
+    write_whole(folder / "stages" / f"{stage.name}.json", json.dumps(record, indent=2) + "\n")
 
 
 def beginning(stage: Stage) -> dict:

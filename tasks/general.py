@@ -136,12 +136,9 @@ def question_prompt(prompt: str, style: str, tokenizer=None) -> str:
 
 def read_questions(path: str) -> list[dict]:
     """Rows with "prompt" and, as far as it is known, "good". Raises ValueError with the line number."""
-    from machinery.run_folder import read_jsonl  # brings torch along, which the corpus does not need
+    from machinery.run_folder import check_rows, read_jsonl  # brings torch along, which the corpus does not need
     rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f"got {path}, line {number} without text in prompt; expected "
-                             '{"prompt": ..., "good": [...]} as python -m tasks.general questions writes it')
+    check_rows(rows, path, ("prompt",), '{"prompt": ..., "good": [...]} as python -m tasks.general questions writes it')
     if not rows:
         raise ValueError(f"got {path} without a row; python -m tasks.general questions --out {path} writes some")
     return rows
@@ -179,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="", help="with --style chat: the checkpoint whose chat template it is")
     parser.add_argument("--out", required=True, help="JSONL file to write")
     args = parser.parse_args(arguments)
+    from machinery.run_folder import write_whole
     path = Path(args.out)
     if args.n < 1:
         parser.error(f"got --n {args.n}, expected at least 1")
@@ -193,11 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(find_directory(args.model))
         except (OSError, ValueError) as error:
             parser.error(f"got --style chat with --model {args.model!r}: {error}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = write_rows(args.what, args.n, args.seed, args.style, tokenizer)
-    staging = path.with_name(path.name + ".tmp")
-    staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    staging.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} {args.what} in {path}")
 
 

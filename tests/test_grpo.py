@@ -280,6 +280,9 @@ def test_padding_changes_neither_loss_nor_gradient(rubbish):
         loss, stats = grpo_loss(logprobs, old * MASK + hidden, advantages, MASK, divisor=7,
                                 ref_logprobs=ref * MASK + hidden, kl_coef=0.1)
         loss.backward()
+        per_token = advantages[:, None] * MASK + hidden
+        assert grpo_loss(logprobs, old * MASK + hidden, per_token, MASK, divisor=7, ref_logprobs=ref * MASK + hidden,
+                         kl_coef=0.1)[0].item() == loss.item()
         return loss.item(), logprobs.grad.tolist(), stats
     loss, gradient, stats = run(rubbish)
     assert (loss, gradient, stats) == run(0.0)
