@@ -9,7 +9,8 @@ DeepSeekMath (arXiv 2402.03300, equations 3, 4 and 21) and DeepSeek-R1 (arXiv 25
 Where we differ, on purpose: the published J takes the mean of each completion first and then the mean of the
 completions, so that a token of a long completion counts less than one of a short completion, and a long wrong
 completion is punished less than a short wrong one. We average over all completion tokens of the optimizer step (DAPO,
-arXiv 2503.14476, equation 8). The published mean and that of Dr. GRPO (arXiv 2503.20783) are token_weights with average "sequence" and "constant".
+arXiv 2503.14476, equation 8). The published mean and that of Dr. GRPO (arXiv 2503.20783) are the averages "sequence" and
+"constant" of token_weights.
 
 Shapes: P prompts, G completions of each; B sequences, all P * G or those of a micro-batch; T places at which a token is
 predicted, one fewer than the sequence has tokens.

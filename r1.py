@@ -11,8 +11,8 @@
     python r1.py --only rl                # one stage, once what it needs is there
     python r1.py --from sft               # that stage and all that follow, again
 
-A stage that is done is skipped (machinery/stages.py says what done means), so after Ctrl-C, a kill or a changed flag the same
-command goes on where it has to. You end with runs/r1/table.md, table.json and ladder.png: what each stage changed.
+A stage that is done is skipped (machinery/stages.py says what done means), so after Ctrl-C, a kill or a changed flag
+the same command goes on where it has to. You end with runs/r1/table.md, table.json and ladder.png: what each stage changed.
 """
 
 import json

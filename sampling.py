@@ -260,7 +260,8 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     queue = deque(range(len(prompts)))  # indices of completions that have not begun
     uses_left = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
     prefilled = {}  # prompt -> its keys, values and last logits
-    bar = tqdm(total=len(prompts), desc=progress, unit="completion", delay=2, mininterval=1, leave=False, disable=not progress)
+    bar = tqdm(total=len(prompts), desc=progress, unit="completion", delay=2, mininterval=1, leave=False,
+               disable=not progress)
 
     def fill(free: list[int]) -> None:
         """Puts the next prompts of the queue into these rows."""

@@ -76,7 +76,7 @@ class Config:
     final_lr: float = 0.1            # share of it that a linear fall over all steps leads to; 1: no fall, as in the paper
     weight_decay: float = 0.0        # decoupled; pulling a good policy towards zero helps nothing
     clip_norm: float = 1.0           # gradient norm limit
-    inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, and ratio and clip begin to matter
+    inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, ratio and clip matter
     clip_low: float = 0.2            # the ratio's lower clip, 1 - clip_low
     clip_high: float = 0.2           # the ratio's upper clip, 1 + clip_high; DAPO's clip-higher: 0.28
     kl_coef: float = 0.0             # weight of the k3 KL to the reference, per token; DeepSeek-R1-Zero: 0.001

@@ -2,6 +2,7 @@
 
     flags.py         the command line from a dataclass, errors of one line, Ctrl-C
     run_folder.py    run folders, their logs and checkpoints, resuming
+    rl_run.py        what a reinforcement learning run carries from step to step
     rollouts.py      every completion with its reward and advantage, written down and shown
     checkpoints.py   Hugging Face directories, on disk and on the hub: load, save
     batching.py      token lists -> padded batches -> log-probs

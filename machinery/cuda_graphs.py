@@ -29,8 +29,9 @@ class StaticKVCache(KVCache):
 
 
 class Graphs:
-    """Runs a decoding step as one launch. A CUDA graph repeats the same kernels on the same memory, so there is one for each shape. A shape's first step runs
-    as it is, which also warms up what may not happen for the first time under capture. Without a GPU every step does.
+    """Runs a decoding step as one launch. A CUDA graph repeats the same kernels on the same memory, so there is one for
+    each shape. A shape's first step runs as it is, which also warms up what may not happen for the first time under
+    capture. Without a GPU every step does.
     """
 
     def __init__(self, step, device):

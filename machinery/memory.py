@@ -26,12 +26,14 @@ SPARE = 0.08  # share of the device left to the CUDA context, kernels' workspace
 
 
 def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1) -> dict[str, float]:
-    """Bytes by purpose, on one device, and "host" in host memory. config: train_countdown.Config, or the fields of it that Config has."""
+    """Bytes by purpose, on one device, and "host" in host memory. config: Config, or train_countdown.Config, whose fields
+    it has."""
     with torch.device("meta"):
         model = Model(hf_config)
     c, size = model.config, 2 if config.dtype == "bfloat16" else 4
     weights = sum(p.numel() for p in model.parameters())
-    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in model.model["layers"].modules() if isinstance(m, Linear))
+    matrices = [module for module in model.model["layers"].modules() if isinstance(module, Linear)]
+    adapters = sum(config.lora_rank * (m.in_features + m.out_features) for m in matrices)
     trained = adapters if config.lora_rank else weights
     own_master = config.dtype == "float32" and not config.offload_optimizer
     state = trained * (8 + (0 if own_master else 4))  # AdamW's two moments, and the fp32 masters

@@ -43,7 +43,7 @@ class Rollout:
 
 
 def collect(prompts, texts, completions, parts, verdicts, rewards, advantages, trained, first_group: int) -> list[Rollout]:
-    """Lists of B, rewards (P, G), advantages (B,) or (B, T), indices of the trained ones -> B rollouts."""
+    """Lists of B, rewards (P, G), advantages (B,) or (B, T), indices of those trained on -> B rollouts."""
     size, trained = rewards.shape[1], set(trained)
     means, stds = rewards.mean(dim=1).tolist(), rewards.std(dim=1, correction=0).tolist()
     return [Rollout(first_group + i // size, prompts[i], texts[i], completions[i], parts[i], verdicts[i],
@@ -79,9 +79,10 @@ def describe_groups(rows: list[dict]) -> str:
         groups.setdefault(row["group"], []).append(row)
     for number, group in groups.items():
         first = group[0]
+        unused = "" if any(row["trained"] for row in group) else ", not trained on"
         lines += ["", shortened(f"group {number}: {first['prompt'].strip()}"),
-                  f"  rewards {first['group_mean']:.2f} +- {first['group_std']:.2f}" + ("" if any(row["trained"] for row in group) else ", not trained on")]
-        lines.append("  reward advantage tokens  verdict")
+                  f"  rewards {first['group_mean']:.2f} +- {first['group_std']:.2f}{unused}",
+                  "  reward advantage tokens  verdict"]
         for row in sorted(group, key=lambda row: -row["reward"]):
             lines.append(shortened(f"  {row['reward']:6.2f} {overall(row['advantage']):+9.2f} "
                                    f"{len(row['token_ids']):6d}  {row['verdict']}"))
@@ -128,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"got --group {args.group}, expected 0 to {rows[-1]['group']}")
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"step {rows[0]['step']} of {args.run}: {len(rows)} completions, {sum(row['trained'] for row in rows)} trained on\n")
+    trained = sum(row["trained"] for row in rows)
+    print(f"step {rows[0]['step']} of {args.run}: {len(rows)} completions, {trained} trained on\n")
     print(describe_completions(group) if group else describe_groups(rows))
 
 
