@@ -25,8 +25,7 @@ together; the last line says pass@1 before -> after. Every completion stays in R
 
 Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
 tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what begins with all_ is
-everybody's, and "all ranks" means that every process has to call. What begins, saves and resumes a run is in
-machinery/rl_run.py.
+everybody's, and "all ranks" means that every process has to call. What saves and resumes is in machinery/rl_run.py.
 """
 
 import math
@@ -112,40 +111,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda; under torchrun each process takes its own GPU
 
     def __post_init__(self):
-        check_level_and_style(self.level, self.style)
-        if self.average not in ("token", "sequence", "constant"):
-            raise ValueError(f"got average {self.average!r}, expected token, sequence or constant")
-        check_dtype(self.dtype)
-        if self.rollouts not in KEPT:
-            raise ValueError(f"got rollouts {self.rollouts!r}, expected one of {', '.join(KEPT)}")
-        check_positive(self, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature",
-                       "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n",
-                       "save_every", "sample_every")
-        if self.general_steps and not (self.general and self.preference and 0 < self.general_share <= 1):
-            raise ValueError(f"got general_steps {self.general_steps}, expected with it --general FILE.jsonl, "
-                             "--preference MODEL and a general_share within (0, 1]")
-        if not 0 <= self.final_lr <= 1 or self.warmup_steps < 1:
-            raise ValueError(f"got final_lr {self.final_lr} and warmup_steps {self.warmup_steps}, expected a share "
-                             "within [0, 1] and at least 1 step")
-        if self.language not in ONLY_IN:
-            raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
-        if min(self.format_weight, self.language_weight, self.weight_decay) < 0 or self.batch_size < 2:
-            raise ValueError("expected format_weight, language_weight and weight_decay of at least 0, batch_size of at "
-                             "least 2")
-        if self.group_size < 2:
-            raise ValueError(f"got group_size {self.group_size}, expected at least 2: a group of one has no advantage")
-        if self.batch_size % self.group_size:
-            sizes = [size for size in range(2, self.batch_size + 1) if self.batch_size % size == 0]
-            nearest = min(sizes, key=lambda size: abs(size - self.group_size))
-            raise ValueError(f"got group_size {self.group_size}, which must divide batch_size {self.batch_size}; "
-                             f"try {nearest}")
-        if self.lora_rank < 0 or self.lora_rank and (self.fsdp or self.ref_every):
-            raise ValueError(f"got lora_rank {self.lora_rank}, expected at least 0, and without --fsdp (adapters are "
-                             "too small to split) and --ref-every (the frozen model is the reference)")
-        if self.fsdp and self.offload_optimizer:
-            raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
-        if not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.kl_coef < 0 or self.ref_every < 0:
-            raise ValueError("expected clip_low within (0, 1), clip_high above 0, kl_coef and ref_every of at least 0")
+        check(self)
 
 
 # what may change when a run is resumed, since it changes memory, speed and logs and not the algorithm
@@ -219,12 +185,49 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------- the beginning
 
 
+def check(config: Config) -> None:
+    check_level_and_style(config.level, config.style)
+    if config.average not in ("token", "sequence", "constant"):
+        raise ValueError(f"got average {config.average!r}, expected token, sequence or constant")
+    check_dtype(config.dtype)
+    if config.rollouts not in KEPT:
+        raise ValueError(f"got rollouts {config.rollouts!r}, expected one of {', '.join(KEPT)}")
+    check_positive(config, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature",
+                   "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n",
+                   "save_every", "sample_every")
+    if config.general_steps and not (config.general and config.preference and 0 < config.general_share <= 1):
+        raise ValueError(f"got general_steps {config.general_steps}, expected with it --general FILE.jsonl, "
+                         "--preference MODEL and a general_share within (0, 1]")
+    if not 0 <= config.final_lr <= 1 or config.warmup_steps < 1:
+        raise ValueError(f"got final_lr {config.final_lr} and warmup_steps {config.warmup_steps}, expected a share "
+                         "within [0, 1] and at least 1 step")
+    if config.language not in ONLY_IN:
+        raise ValueError(f"got language {config.language!r}, expected one of {', '.join(ONLY_IN)}")
+    if min(config.format_weight, config.language_weight, config.weight_decay) < 0 or config.batch_size < 2:
+        raise ValueError("expected format_weight, language_weight and weight_decay of at least 0, batch_size of at "
+                         "least 2")
+    if config.group_size < 2:
+        raise ValueError(f"got group_size {config.group_size}, expected at least 2: a group of one has no advantage")
+    if config.batch_size % config.group_size:
+        nearest = min((size for size in range(2, config.batch_size + 1) if config.batch_size % size == 0),
+                      key=lambda size: abs(size - config.group_size))
+        raise ValueError(f"got group_size {config.group_size}, which must divide batch_size {config.batch_size}; "
+                         f"try {nearest}")
+    if config.lora_rank < 0 or config.lora_rank and (config.fsdp or config.ref_every):
+        raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and without --fsdp (adapters are "
+                         "too small to split) and --ref-every (the frozen model is the reference)")
+    if config.fsdp and config.offload_optimizer:
+        raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
+    if not 0 < config.clip_low < 1 or config.clip_high <= 0 or config.kl_coef < 0 or config.ref_every < 0:
+        raise ValueError("expected clip_low within (0, 1), clip_high above 0, kl_coef and ref_every of at least 0")
+
+
 def start(config: Config):
     """-> (run, general questions, the reward model that judges replies to them or None). What can be wrong with the
     input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
     with bad_input_exits():
         run = open_run(config)
-        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # raises if the level has fewer
+        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # raises if fewer
         prompts = [make_prompt(puzzle, config.style, run.tokenizer) for puzzle in held_out]
         questions, judge = [], None
         if config.general_steps:
@@ -296,51 +299,56 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
     its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the policy is still
     the one that sampled, all else is of the last.
     """
-    policy, optimizer, device = run.policy, run.optimizer, run.device
+    optimizer, norm = run.optimizer, 0.0
     optimizer.set_learning_rate(learning_rate(run.step, config))
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
     cuts = micro_batches(lengths, config.micro_batch_tokens)  # each the places of b sequences in the batch
-    trained_tokens = sum(distributed.gather([sum(len(completion.token_ids) for _, completion in batch)]))
-    first_epoch, norm, tokens = {}, 0.0, max(1, trained_tokens)
+    tokens = sum(distributed.gather([sum(len(completion.token_ids) for _, completion in batch)]))
     for epoch in range(config.inner_epochs):
-        sums, max_gap = {"loss": 0.0, "entropy": 0.0, "gap": 0.0}, 0.0
-        distributed.add_missing_passes(policy, len(cuts))  # --fsdp only: all ranks must make equally many
+        sums, largest_gap = {"loss": 0.0, "entropy": 0.0, "logprob_gap": 0.0}, 0.0
+        distributed.add_missing_passes(run.policy, len(cuts))  # --fsdp only: all ranks must make equally many
         for cut in tqdm(cuts, desc="training", delay=2, leave=False, disable=not run.first_rank):
-            prompts, completions = zip(*(batch[i] for i in cut))
-            input_ids, mask = pad_batch(prompts, [c.token_ids for c in completions], device=device)  # (b, T), (b, T-1)
-            old_logprobs = aligned([c.logprobs for c in completions], prompts, device)  # (b, T-1)
-            ref = aligned([ref_logprobs[i] for i in cut], prompts, device) if ref_logprobs else None  # (b, T-1)
-            if advantages.dim() == 1:
-                cut_advantages = advantages[cut].to(device)  # (b,)
-            else:
-                cut_advantages = aligned([advantages[i, :len(c.token_ids)].tolist() for i, c in zip(cut, completions)],
-                                         prompts, device)  # (b, T-1)
-
-            logprobs, entropy = token_logprobs(policy, input_ids, mask, config.temperature, with_entropy=True)
-            loss, stats = grpo_loss(
-                logprobs, old_logprobs, cut_advantages,
-                token_weights(mask, config.average, max_new_tokens=config.max_new_tokens), divisor=divisor,
-                clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
+            loss, stats, gap = micro_batch_loss(run, batch, cut, advantages, ref_logprobs, divisor, config)
             loss.backward()
-
-            gap = (logprobs.detach() - old_logprobs).abs() * mask
-            max_gap = max(max_gap, gap.max().item())
-            stats |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(), "gap": gap.sum().item()}
+            largest_gap = max(largest_gap, gap)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
-        sums, max_gap = distributed.sum_over_ranks(sums), distributed.max_over_ranks(max_gap)  # of the whole step
-        if trained_tokens:  # else no completion of any process has a gradient
+        if tokens:  # else no completion of any process has a gradient
             gradients = optimizer.gradients()
             distributed.sum_gradients(gradients)
             norm = clip_gradients(gradients, config.clip_norm)
-            if not math.isfinite(norm):
-                break
-            optimizer.step()  # and zero the gradients
-        first_epoch = first_epoch or {"entropy": sums["entropy"] / tokens, "logprob_gap": sums["gap"] / tokens,
-                                      "logprob_gap_max": max_gap}
-    return {**first_epoch, "loss": sums["loss"],
-            **{name: value / tokens for name, value in sums.items() if name not in ("loss", "entropy", "gap")},
+            if math.isfinite(norm):
+                optimizer.step()  # and zero the gradients
+        sums = distributed.sum_over_ranks(sums)
+        log = {name: value if name == "loss" else value / max(1, tokens) for name, value in sums.items()}
+        if epoch == 0:
+            first_epoch = {"entropy": log["entropy"], "logprob_gap": log["logprob_gap"],
+                           "logprob_gap_max": distributed.max_over_ranks(largest_gap)}
+        if not math.isfinite(norm):
+            break
+    return {**first_epoch, **{name: value for name, value in log.items() if name not in first_epoch},
             "gradient_norm": norm, "learning_rate": learning_rate(run.step, config)}
+
+
+def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logprobs, divisor: int, config: Config):
+    """-> the loss, sums over tokens for the log, and the largest gap between the log-probs of sampler and trainer."""
+    prompts, completions = zip(*(batch[i] for i in cut))
+    input_ids, mask = pad_batch(prompts, [c.token_ids for c in completions], device=run.device)  # (b, T), (b, T-1)
+    old_logprobs = aligned([c.logprobs for c in completions], prompts, run.device)  # (b, T-1)
+    ref = aligned([ref_logprobs[i] for i in cut], prompts, run.device) if ref_logprobs else None  # (b, T-1)
+    if advantages.dim() == 1:
+        own = advantages[cut].to(run.device)  # (b,)
+    else:
+        own = aligned([advantages[i, :len(c.token_ids)].tolist() for i, c in zip(cut, completions)], prompts,
+                      run.device)  # (b, T-1)
+
+    logprobs, entropy = token_logprobs(run.policy, input_ids, mask, config.temperature, with_entropy=True)  # (b, T-1)
+    weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)
+    loss, stats = grpo_loss(logprobs, old_logprobs, own, weights, divisor=divisor, clip_low=config.clip_low,
+                            clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
+    gap = (logprobs.detach() - old_logprobs).abs() * mask
+    sums = {"loss": loss.item(), "entropy": (entropy * mask).sum().item(), "logprob_gap": gap.sum().item(), **stats}
+    return loss, sums, gap.max().item()
 
 
 # ------------------------------------------------------------------------------------------------------ measure and tell

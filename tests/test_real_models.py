@@ -17,7 +17,7 @@ from machinery.presets import PRESETS
 from model import KVCache, Model, init_weights
 from sampling import inverse_cdf, sample
 from test_model import CONFIGS, SMALL, write
-from test_training import call, interrupt, rows_of, train
+from test_training import call, interrupt, quiet_machine, rows_of, train  # noqa: F401
 
 LONG = 300  # tokens: an angle in bf16 is off by up to 1 there
 IDS = torch.randint(0, 256, (2, LONG), generator=torch.Generator().manual_seed(0))  # (B, T)
