@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import r1
+import train_countdown
 from machinery import plots, stages
 from machinery.run_folder import read_jsonl
 
@@ -24,6 +25,7 @@ def call(out, *flags):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["r1.py", "--out", str(out), *map(str, (*SMALL, *flags))])
+        patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each of eight runs
         patch.chdir(ROOT)
         try:
             r1.main()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import corpus
+import train_countdown
 from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve
 from evaluate import few_shot_examples, majority_answer, wilson_interval
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
@@ -335,6 +336,7 @@ def run(study_name, *flags):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
+        patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each run
         patch.chdir(ROOT)
         try:
             importlib.import_module(f"experiments.{study_name}").main()

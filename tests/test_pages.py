@@ -1,0 +1,88 @@
+"""README and docs say what is there: commands that scripts take, links and pictures that exist, files in their places."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
+ROOMS = ("", "machinery", "tasks", "benchmark", "experiments")
+
+
+def commands(page: Path) -> list[str]:
+    """Everything after python in code blocks and in `code`."""
+    text = page.read_text().replace("\\\n", " ")
+    spans = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"`(python [^`]*)`", text)
+    return [line for span in spans for line in span.splitlines() if re.match(r"(\.venv/bin/)?python\s", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_names_a_script_and_flags_that_exist(page):
+    for command in commands(page):
+        words = shlex.split(command, comments=True)[1:]
+        if words[:2] == ["-m", "pytest"]:
+            continue
+        module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        assert path.exists(), command
+        text = path.read_text()
+        config = getattr(importlib.import_module(module), "Config", None)
+        for flag in [word for word in words if word.startswith("--")]:
+            name = flag[2:].split("=")[0].removeprefix("no-").replace("-", "_")
+            known = config and {name, f"{name}_"} & config.__dataclass_fields__.keys()
+            assert known or f'"{flag}"' in text or flag in ("--preset", "--help"), f"{flag} in: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_and_picture_exists(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_its_tables_are_narrow():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 25_000
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(len(re.findall(r"(?<!\\)\|", line)) - 1 for line in rows) <= 7
+
+
+def test_no_file_is_longer_than_400_lines_and_the_loop_is_within_90():
+    for room in ROOMS:
+        for path in (ROOT / room).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
+    main = next(node for node in ast.parse((ROOT / "train_countdown.py").read_text()).body
+                if isinstance(node, ast.FunctionDef) and node.name == "main")
+    loop = next(node for node in ast.walk(main) if isinstance(node, ast.While))
+    assert loop.end_lineno - loop.lineno < 90
+
+
+def test_imports_make_no_circle_and_what_lies_below_imports_nothing_above():
+    """Imports inside functions count too."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+               for room in ROOMS for path in (ROOT / room).glob("*.py") if path.stem != "__init__"}
+    imports = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        imports[name] = found & modules.keys()
+    done = []
+    while len(done) < len(modules):
+        free = [name for name in modules if name not in done and imports[name] <= set(done)]
+        assert free, f"a circle among {sorted(set(modules) - set(done))}"
+        done += free
+    for name, found in imports.items():
+        if name.startswith("machinery."):
+            assert all(other.startswith("machinery.") or other in ("model", "grpo", "rewards", "countdown")
+                       for other in found), (name, found)
+        if name in ("model", "grpo", "rewards", "countdown"):
+            assert not found - {"rewards", "countdown"}, (name, found)
+        assert name.startswith("experiments.") or not any(other.startswith("experiments.") for other in found)
