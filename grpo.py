@@ -4,7 +4,7 @@ DeepSeekMath (arXiv 2402.03300, equations 3, 4 and 21) and DeepSeek-R1 (arXiv 25
 
     A_i = (r_i - mean(r)) / std(r)                                      over the G completions of one prompt
     ratio = exp(logprob - old_logprob)                                  old_policy sampled, policy trains
-    J = mean over tokens of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) - beta * KL(policy || ref_policy)
+    J = mean over tokens of [ min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) - beta * k3 ],  k3 of KL(policy || ref)
 
 Where we differ, on purpose: the published J takes the mean of each completion first and then the mean of the
 completions, so that a token of a long completion counts less than one of a short completion, and a long wrong
@@ -13,7 +13,7 @@ arXiv 2503.14476, equation 8). The published mean and that of Dr. GRPO (arXiv 25
 "constant" of token_weights.
 
 Shapes: P prompts, G completions of each; B sequences, all P * G or those of a micro-batch; T places at which a token is
-predicted, one fewer than the sequence has tokens.
+predicted, one fewer than the sequence has tokens (train_countdown.py's T - 1).
 """
 
 import torch
@@ -74,8 +74,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, *, divisor, clip_low: fl
     """The clipped surrogate, negated, plus the KL penalty. Returns (loss, dict of floats).
 
     The loss is divided by the whole step's divisor already, so the losses of micro-batches and ranks simply add up. The
-    floats are sums over this micro-batch's completion tokens: add them up too, then divide by the tokens that were
-    trained on, which are fewer than the divisor's where groups with equal rewards are left out.
+    floats are sums over this micro-batch's completion tokens: add them up too, then divide by the number of completion
+    tokens that were trained on, whatever the divisor is.
 
     logprobs      (B, T) nats, of the policy that trains, at the sampling temperature; the only argument with a gradient
     old_logprobs  (B, T) of the policy that sampled, as the sampler recorded them

@@ -14,8 +14,8 @@ then its keys and values are copied to the group's rows. All rows write into the
 
 The next column to write is cache.end, and on the device cache.cursor, the same number. Attention reads the window of
 columns cache.begin..cache.stop, and a mask hides from each row what is not its own. Whoever runs the model moves the
-cursor: its forward pass does (cache.advance), and where a CUDA graph replays that pass without Python, sample() counts
-along.
+cursor: its forward pass does (cache.advance); a StaticKVCache, as CUDA graphs need it, moves only cache.cursor, and
+sample() counts end along and sets stop.
 
 Each completion draws from its own random stream, (seed, index), so its tokens do not depend on the rows that share its
 batch, on the number of slots or on the order in which others finish, up to ties within floating-point rounding.
@@ -40,7 +40,7 @@ from machinery.checkpoints import end_tokens
 from machinery.cuda_graphs import Graphs, StaticKVCache
 from model import KVCache
 
-WINDOW = 128  # under CUDA graphs the window begins and ends at multiples of so many columns: fewer different shapes
+WINDOW_MULTIPLE = 128  # under CUDA graphs the window begins and ends at multiples of so many columns: fewer shapes
 
 
 @dataclass
@@ -250,7 +250,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     width = longest + max_new_tokens  # the most columns a row can need
     # some more, so that columns are shifted to the left now and then and not at every step
     columns = width + (max(width // 4, steps) if len(prompts) > slots else steps)
-    columns += -columns % WINDOW if static else 0
+    columns += -columns % WINDOW_MULTIPLE if static else 0
 
     rows = Rows(model, min(slots, len(prompts)), columns, len(prompts), max_new_tokens, static=static,
                 eos_ids=eos_ids, temperature=temperature, top_p=top_p)
@@ -291,8 +291,8 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         if not live:
             break
 
-        # 2. no prompt is left: drop stopped rows, where that pays for moving others into their places: once an eighth has
-        #    stopped; under CUDA graphs by halves, since each size is a graph of its own
+        # 2. no prompt is left (else no row would be free here): drop stopped rows, where that pays for moving others into
+        #    their places: once an eighth has stopped; under CUDA graphs by halves, since each size is a graph of its own
         size = len(done)
         if static:
             while len(live) <= size // 2:
@@ -310,14 +310,14 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             begin -= shift
         cache.begin = begin
         if static:
-            cache.begin = begin - begin % WINDOW
-            cache.stop = cache.end + steps + -(cache.end + steps) % WINDOW
+            cache.begin = begin - begin % WINDOW_MULTIPLE
+            cache.stop = cache.end + steps + -(cache.end + steps) % WINDOW_MULTIPLE
 
         # 4. decode
         for _ in range(steps):
-            graphs.run((size, cache.begin, cache.stop))
+            graphs.run((size, cache.begin, cache.stop))  # one rows.step(); the shape only names its graph
             if static:
-                cache.end += 1
+                cache.end += 1  # StaticKVCache moves only the cursor on the device
     bar.close()
     tokens, logprobs, lengths = rows.tokens.tolist(), rows.logprobs.tolist(), rows.lengths.tolist()
     return [Completion(tokens[i][:n], logprobs[i][:n], truncated=tokens[i][n - 1] not in eos_ids)

@@ -65,7 +65,7 @@ class Config:
     model: str = "models/tiny-base"  # checkpoint directory or hub id to start from
     level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
     style: str = "tiny"              # prompt template: tiny, base or chat
-    steps: int = 80                  # optimizer steps, one batch of fresh completions each
+    steps: int = 80                  # one batch of fresh completions each, and an optimizer step per inner epoch
     batch_size: int = 256            # completions per step, of all processes; DeepSeek-R1-Zero uses 512
     group_size: int = 16             # completions per prompt, G, as in DeepSeek-R1-Zero
     max_new_tokens: int = 512        # longer completions are cut off, and so never get to their answer
@@ -84,7 +84,7 @@ class Config:
     normalize_std: bool = True       # divide advantages by their group's deviation; Dr. GRPO does not
     drop_truncated: bool = False     # leave truncated completions out of the loss (DAPO's overlong filtering)
     format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
-    language_weight: float = 0.0     # reward for the share of words in --language; R1's second stage adds it with 1
+    language_weight: float = 0.0     # reward for the share of words in --language; R1's first RL adds it with 1
     language: str = "en"             # the language that consistency is measured against
     general: str = ""                # JSONL of general prompts (tasks.general questions), for the last --general-steps
     general_steps: int = 0           # last steps that mix them in; DeepSeek-R1: the last 400 of 1,700
@@ -130,13 +130,13 @@ def main() -> None:
     while run.step < config.steps:
         step_started = time.time()
 
-        # 1. P train problems, drawn by seed and step alone, so that a resumed run draws the same ones
+        # 1. train problems, drawn by seed and step alone, so that a resumed run draws the same ones
         rng = random.Random(f"{config.seed}, {run.step}")
-        all_problems = draw_problems(rng, run.step, questions, config)  # P of all processes
-        problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B
+        all_problems = draw_problems(rng, run.step, questions, config)  # all_P of them
+        problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B: its own P, each G times
         prompts = [prompt_of(problem, run.tokenizer, config) for problem in problems]  # B
 
-        # 2. G completions of each, with the log-probs of the policy that sampled them
+        # 2. a completion of each of the B prompts, with the log-probs of the policy that sampled them
         with sampling_weights(policy) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
             prompt_ids, completions, texts = complete(
                 old_policy, run.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
@@ -155,7 +155,7 @@ def main() -> None:
         trained = with_gradient(advantages, completions, config)  # indices of N <= B completions
         batch = [(prompt_ids[i], completions[i]) for i in trained]
 
-        # 5. the same tokens under ref_policy, for the KL; with LoRA that is the policy without its adapters
+        # 5. the same tokens under ref_policy, for the KL; with LoRA, and only then, that is the policy without adapters
         ref_logprobs = None
         if config.kl_coef:
             with without_lora(policy):
@@ -227,7 +227,7 @@ def start(config: Config):
     input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
     with bad_input_exits():
         run = open_run(config)
-        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # raises if fewer
+        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # to see that they fit
         prompts = [make_prompt(puzzle, config.style, run.tokenizer) for puzzle in held_out]
         questions, judge = [], None
         if config.general_steps:
@@ -258,7 +258,7 @@ def start(config: Config):
 
 
 def draw_problems(rng: random.Random, step: int, questions: list[dict], config: Config) -> list:
-    """The P of all processes: train puzzles; in R1's last steps some of them are general prompts instead."""
+    """all_P problems: train puzzles; in R1's last steps some of them are general prompts instead."""
     all_P = config.batch_size // config.group_size
     general = max(1, round(config.general_share * all_P)) if step >= config.steps - config.general_steps else 0
     problems = [sample_puzzle(rng, config.level, held_out=False) for _ in range(all_P - general)]
@@ -271,8 +271,8 @@ def prompt_of(problem, tokenizer, config: Config) -> str:
 
 def with_gradient(advantages, completions, config: Config) -> list[int]:
     """Which of the B completions are trained on: without a KL none of a group whose advantages are all zero, which has no
-    gradient and need not be computed; with --drop-truncated none that is truncated. advantages (B,), or (B, T) where
-    each token has its own (experiments/line_rewards.py)."""
+    gradient and need not be computed; with --drop-truncated none that is truncated. advantages (B,), or (B, M) where
+    each token of a completion has its own (experiments/line_rewards.py)."""
     has_gradient = (advantages != 0).reshape(-1, config.group_size * advantages[0].numel()).any(dim=1).tolist()  # P
     return [i for i, completion in enumerate(completions) if (config.kl_coef or has_gradient[i // config.group_size])
             and not (config.drop_truncated and completion.truncated)]
@@ -280,7 +280,7 @@ def with_gradient(advantages, completions, config: Config) -> list[int]:
 
 def loss_divisor(completions, config: Config) -> int:
     """All ranks: what the step's loss is divided by: the completion tokens of the whole step, or with --average sequence
-    or constant its completions. Those without gradient count too."""
+    or constant its completions. Those without gradient count too, those that --drop-truncated drops do not."""
     lengths = [len(c.token_ids) for c in completions if not (config.drop_truncated and c.truncated)]
     return sum(distributed.gather(lengths if config.average == "token" else [1] * len(lengths)))
 
@@ -294,10 +294,10 @@ def learning_rate(step: int, config: Config) -> float:
 def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int, config: Config) -> dict[str, float]:
     """All ranks: one optimizer step per inner epoch on (prompt ids, Completion) pairs -> what the log says of it.
 
-    advantages (N,) one a completion, or (N, T) one a token, in the batch's order; ref_logprobs: N lists, or None. The
-    gradient is the sum over micro-batches and processes, since each loss is divided by the whole step's divisor. Where
-    its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the policy is still
-    the one that sampled, all else is of the last.
+    advantages (N,), or (N, M) with one for each of a completion's tokens, in the batch's order; ref_logprobs: N lists,
+    or None. The gradient is the sum over micro-batches and processes, since each loss is divided by the whole step's
+    divisor. Where its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the
+    policy is still the one that sampled, all else is of the last.
     """
     optimizer, norm = run.optimizer, 0.0
     optimizer.set_learning_rate(learning_rate(run.step, config))
@@ -320,13 +320,13 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
             if math.isfinite(norm):
                 optimizer.step()  # and zero the gradients
         sums = distributed.sum_over_ranks(sums)
-        log = {name: value if name == "loss" else value / max(1, tokens) for name, value in sums.items()}
+        averages = {name: value if name == "loss" else value / max(1, tokens) for name, value in sums.items()}
         if epoch == 0:
-            first_epoch = {"entropy": log["entropy"], "logprob_gap": log["logprob_gap"],
+            first_epoch = {"entropy": averages["entropy"], "logprob_gap": averages["logprob_gap"],
                            "logprob_gap_max": distributed.max_over_ranks(largest_gap)}
         if not math.isfinite(norm):
             break
-    return {**first_epoch, **{name: value for name, value in log.items() if name not in first_epoch},
+    return {**first_epoch, **{name: value for name, value in averages.items() if name not in first_epoch},
             "gradient_norm": norm, "learning_rate": learning_rate(run.step, config)}
 
 
@@ -346,7 +346,7 @@ def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logp
     weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)
     loss, stats = grpo_loss(logprobs, old_logprobs, own, weights, divisor=divisor, clip_low=config.clip_low,
                             clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
-    gap = (logprobs.detach() - old_logprobs).abs() * mask
+    gap = (logprobs.detach() - old_logprobs).abs() * mask  # both are 0 where the mask is
     sums = {"loss": loss.item(), "entropy": (entropy * mask).sum().item(), "logprob_gap": gap.sum().item(), **stats}
     return loss, sums, gap.max().item()
 
