@@ -168,7 +168,7 @@ def sample_chunk(model, tokenizer, puzzles, prompts, start: int, at_once: int, s
 
 def read_partial(path: Path, header: dict) -> dict:
     """What a killed run of the same flags and the same model had sampled -> {(round, first puzzle): chunk}."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = open(path, encoding="utf-8").readlines() if path.exists() else []  # splitlines() would part at U+2028 too
     found = []
     for line in lines:
         try:

@@ -239,9 +239,11 @@ def main() -> None:
     batches = [batch for epoch in range(config.epochs)
                for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
-    step = state["step"] if state else 0
-    for optimizer, saved in zip(optimizers, state["optimizers"] if state else ()):
-        optimizer.load_state_dict(saved)
+    step = 0
+    if state:
+        step = state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
     if step == len(batches):
         return print(f"nothing to do: {run} has finished all of its {step} steps; the model is in {run / 'checkpoint'}")
 

@@ -90,7 +90,7 @@ def score_traces(scorer, traces: list[Trace]) -> list[list[float]]:
 
 
 def step_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
-                       lengths: list[int]) -> list[list[float]]:
+                    lengths: list[int]) -> list[list[float]]:
     """Rewards of single steps -> an advantage per token, within one group. (DeepSeekMath, section 4.1.3.)
 
     step_rewards and step_ends hold for each of the G completions a reward per step and the index of the token that ends
@@ -159,7 +159,8 @@ def train_on_lines(config, scorer, tokenizer, arm: tuple, go_on: str) -> None:
                 seed=rng.getrandbits(32), slots=config.slots)
         sampling_seconds = time.time() - step_started
         stop_on_broken_logprobs(completions, run)
-        parts = reward_completions(puzzles, prompts, texts, None, format_weight=config.format_weight)
+        parts = reward_completions(puzzles, prompts, texts, None, format_weight=config.format_weight,
+                                   language_weight=config.language_weight, language=config.language)
         rewards = torch.tensor([part["reward"] for part in parts]).view(-1, config.group_size)  # (P, G)
         outcome = group_advantages(rewards, normalize_std=config.normalize_std)  # (P, G)
         advantages, of_lines = line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome,

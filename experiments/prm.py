@@ -55,7 +55,7 @@ class Config:
     samples: int = 64                # completions of each: best of 1 to this many
     steps: int = 40                  # of GRPO
     batch_size: int = 128            # completions a step, in groups of 16
-    prm_weight: float = 1.0      # of the step rewards' advantages beside the outcome's
+    prm_weight: float = 1.0          # of the step rewards' advantages beside the outcome's
     eval_n: int = 512                # held-out puzzles of GRPO's evaluations
 
     def __post_init__(self):

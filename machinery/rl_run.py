@@ -86,7 +86,7 @@ def prepare(run: Run, config) -> None:
             with bad_input_exits():
                 for name in ("metrics.jsonl", "rollouts.jsonl"):
                     rewind_log(run.folder / name, run.step)
-        run.saved = {"step": run.step}  # the rest is in place
+        run.saved = None  # all of it is in place
     run.stop = StopRequest()
 
 
@@ -140,7 +140,7 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
     """metrics.jsonl, rollouts.jsonl, the bar, and now and then a sample on the screen; the first rank's work."""
     if not run.first_rank:
         return
-    if not run.bar.n - run.bar.initial:
+    if run.bar.n == run.bar.initial:
         evaluations = math.ceil((config.steps - run.step) / config.eval_every)
         minutes = ((config.steps - run.step) * row["seconds"] + evaluations * run.evaluation_seconds) / 60
         tqdm.write(f"the first step took {row['seconds']:.1f} s here: about {minutes:.0f} minutes for all {config.steps}")

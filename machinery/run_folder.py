@@ -77,7 +77,8 @@ def rewind_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept, last = [], -1
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with open(path, encoding="utf-8") as file:
+        lines = list(file)  # splitlines() would also part at U+2028, which stands in a model's text as it is
     for number, line in enumerate(lines, 1):
         try:
             last = json.loads(line)["step"]

@@ -106,14 +106,15 @@ def test_a_folder_without_them_or_half_a_file_is_said_in_one_line(tmp_path, caps
     ('{"step": 1}\n{"step": 2}\n{"st', 2),                  # so early that its step is not to be read
     ('{"step": 1}\n{"step": 2, "gro', None),                 # but what the checkpoint stands on is missing
     ('{"step": 1, "gro\n{"step": 2}\n', None),
+    ('{"step": 1, "text": "a\u2028b\x85c"}\n{"step": 2}\n{"step": 3}\n', 2),  # no ends of lines: a model wrote them
 ))
 def test_a_log_is_rewound_to_the_checkpoint_of_step_2(tmp_path, log, kept):
     path = tmp_path / "log.jsonl"
-    path.write_text(log)
+    path.write_text(log, encoding="utf-8")
     if kept is None:
         with pytest.raises(ValueError, match="log.jsonl, line"):
             rewind_log(path, 2)
-        assert path.read_text() == log
+        assert path.read_text(encoding="utf-8") == log
     else:
         rewind_log(path, 2)
         assert [row["step"] for row in read_jsonl(path)] == [1, 2][:kept]
