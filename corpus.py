@@ -72,8 +72,6 @@ TOKEN_PATTERN = r"</?(?:think|answer)>|100|[1-9]\d|\d| ?[A-Za-zÄÖÜäöüß]+,
 
 
 # ------------------------------------------------------------------------------------------------------------- searches
-
-
 @dataclass(frozen=True)
 class Line:
     """One line of a search: a header, then the four operations on the two numbers left, each compared with the goal."""
@@ -195,8 +193,6 @@ def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Conf
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
-
-
 def write_corpus(config: Config) -> Iterator[dict]:
     rng = random.Random(config.seed)
     for _ in range(config.n):

@@ -43,8 +43,6 @@ MAX_NUMBERS = 6  # the solver below is exact, so its work grows about twentyfold
 
 
 # -------------------------------------------------------------------------------------------------------------- solving
-
-
 def splits(numbers: tuple[int, ...]):
     """Every way to part the numbers into two non-empty groups; the last is always in the second: none comes twice."""
     for subset in range(1, 2 ** (len(numbers) - 1)):  # bit i set: numbers[i] goes into the first group
@@ -59,8 +57,7 @@ def reachable(numbers: tuple[int, ...]) -> dict[Fraction, tuple]:
     A way is (op, left, right), where left and right are ways again or plain integers. Dynamic programming over splits:
     whatever the last operation is, it joins two non-empty groups of the numbers, so combine the values of every group
     with those of its complement. Exact, since values are fractions; complete, since every expression has a last
-    operation.
-    """
+    operation."""
     if len(numbers) == 1:
         return {Fraction(numbers[0]): numbers[0]}
     ways: dict[Fraction, tuple] = {}
@@ -115,8 +112,6 @@ def solve(numbers, target: int) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- puzzles
-
-
 def check_level_and_style(level: str, style: str) -> None:
     """Raises ValueError for a level or a prompt style that does not exist; scripts call it before any work is done."""
     if level not in LEVELS:
@@ -155,7 +150,6 @@ def sample_puzzles(n: int, *, level: str = "laptop", held_out: bool, seed: int) 
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
-
 BASE_PROMPT = """A user asks a question and an assistant answers it. The assistant first reasons inside <think> and \
 </think> tags, then gives its result inside <answer> and </answer> tags.
 User: Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, \
@@ -175,8 +169,7 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
     tiny: the line that the tiny base's corpus uses.
     base: for pretrained checkpoints without chat tuning, ends inside <think>.
     chat: the same question through the tokenizer's own chat template, ready for the assistant's first token.
-    examples: (puzzle, completion) pairs that come first, for few-shot prompts; in chat style as earlier turns.
-    """
+    examples: (puzzle, completion) pairs that come first, for few-shot prompts; in chat style as earlier turns."""
     if style == "tiny":
         shots = [make_prompt(example) + text + "\n\n" for example, text in examples]
         return "".join(shots) + f"using {' '.join(map(str, puzzle.numbers))} make {puzzle.target}\n"
@@ -204,8 +197,6 @@ def shortest_completion(puzzle: Puzzle) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

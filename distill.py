@@ -23,16 +23,20 @@ Each stage is skipped when it is done (machinery/stages.py), so an interrupted c
 """
 
 import json
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from countdown import check_level_and_style
-from machinery.checkpoints import check_dtype
+from machinery.checkpoints import check_dtype, find_directory, read_hf_config
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import read_jsonl
 from machinery.stages import Stage, check_inputs, read_record, run_stage
+from model import Model
+from sft import Config as SftConfig
+from sft import check_same_tokenizer
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,9 @@ def student_stages(config: Config) -> list[Stage]:
 
 
 def parameters(directory) -> int:
-    """Of a checkpoint, by its weight files; tied embeddings are stored, and count, once."""
-    from safetensors import safe_open
-
-    from machinery.checkpoints import find_directory
-    total = 0
-    for path in find_directory(directory).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                shape = file.get_slice(name).get_shape()
-                total += math.prod(shape)
-    return total
+    """Of a checkpoint, by its config; tied embeddings count once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Model(read_hf_config(find_directory(directory))).parameters())
 
 
 def compute(config: Config) -> dict[str, float]:
@@ -162,7 +158,10 @@ def main() -> None:
     stages = student_stages(config)
     with bad_input_exits():
         if config.logits:  # said before an hour of work, not after it
-            check_logits(config)
+            from transformers import AutoTokenizer
+            student, teacher = (AutoTokenizer.from_pretrained(find_directory(name))
+                                for name in (config.student, config.teacher))
+            check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
         check_inputs(stages[1 if config.non_cot and not config.data else 0], [])
         for stage in stages:
             run_stage(Path(config.out), stage, stages, "the same command")
@@ -172,18 +171,6 @@ def main() -> None:
         print(f"{name:>14}  {row['pass@1']:6.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})  "
               f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e12:7.2f}")
     (Path(config.out) / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-
-
-def check_logits(config: Config) -> None:
-    """Raises ValueError where teacher and student do not share a tokenizer."""
-    from transformers import AutoTokenizer
-
-    from machinery.checkpoints import find_directory
-    from sft import Config as SftConfig
-    from sft import check_same_tokenizer
-    student, teacher = (AutoTokenizer.from_pretrained(find_directory(name))
-                        for name in (config.student, config.teacher))
-    check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
 
 
 if __name__ == "__main__":

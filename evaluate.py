@@ -17,6 +17,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from countdown import check_level_and_style, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
@@ -64,8 +65,6 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------- estimators
-
-
 def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a share p of n puzzles (Wilson 1927); with several samples a puzzle on the wide, safe side."""
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -75,34 +74,34 @@ def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that k of the samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
 
-    The unbiased estimator of pass@k of arXiv 2107.03374.
-    """
+    The unbiased estimator of pass@k of arXiv 2107.03374."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def answer_value(completion: str, numbers) -> Fraction | None:
+    """The exact value of the answer, if it is one over the puzzle's numbers: what a majority votes for."""
+    try:
+        value, used = parse_expression(extract_answer(completion) or "")
+    except ValueError:
+        return None
+    return value if sorted(used) == sorted(numbers) else None
 
 
 def majority_answer(completions: list[str], numbers) -> str | None:
     """The majority vote over one puzzle's completions (R1: cons@k): an expression, or None if nobody has a valid one.
 
     Votes are for the exact value, so (4+5)*3 and 3*(5+4) agree. The vote sees the prompt and never the target: an
-    answer takes part if it parses and uses the puzzle's numbers. On a tie the value that was found first wins.
-    """
+    answer takes part if it parses and uses the puzzle's numbers. On a tie the value that was found first wins."""
     votes, expressions = Counter(), {}
     for completion in completions:
-        answer = extract_answer(completion)
-        if answer is None:
-            continue
-        try:
-            value, used = parse_expression(answer)
-        except ValueError:
-            continue
-        if sorted(used) == sorted(numbers):
+        value = answer_value(completion, numbers)
+        if value is not None:
             votes[value] += 1
-            expressions.setdefault(value, answer)
+            expressions.setdefault(value, extract_answer(completion))
     return expressions[votes.most_common(1)[0][0]] if votes else None
 
 
 # --------------------------------------------------------------------------------------- what is watched and never paid
-
 VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
 
 
@@ -118,8 +117,7 @@ def count_backtracks(completion: str) -> int:
     An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
     yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
     and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
-    prose it is a rough count.
-    """
+    prose it is a rough count."""
     lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
     attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
     return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
@@ -128,8 +126,7 @@ def count_backtracks(completion: str) -> int:
 def count_verifications(completion: str) -> int:
     """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
 
-    Made for the searches of the tiny model; prose that verifies in other words counts as 0.
-    """
+    Made for the searches of the tiny model; prose that verifies in other words counts as 0."""
     return len(VERIFICATION.findall(chain_of_thought(completion)))
 
 
@@ -154,8 +151,6 @@ def describe(texts: list[str], completions, language: str = "en") -> dict[str, f
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
-
-
 def describe_step(rollouts, language: str) -> dict[str, float]:
     """The step's log: rewards and looks of its puzzles (of all completions where it has none), and beside them the
     means of what only general prompts have. rollouts: machinery.rollouts.Rollout, of all processes."""

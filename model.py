@@ -61,8 +61,6 @@ def read_config(hf_config) -> ModelConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
-
-
 class KVCache:
     """Keys and values of the tokens read so far, so that a new token costs one column of attention and not a whole pass.
 
@@ -70,8 +68,7 @@ class KVCache:
 
     Rows of different age share one cursor: the caller's mask says which columns belong to a row, and positions are the
     caller's too, so a row may begin at any column. Then appending a token is one slice copy, and attention reads one
-    contiguous window.
-    """
+    contiguous window."""
 
     def __init__(self, config, rows: int, columns: int, *, device=None, dtype=torch.float32):
         shape = (config.num_layers, rows, config.num_kv_heads, columns, config.head_dim)  # (L, B, K, S, E)
@@ -118,8 +115,6 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------------------------------------- the decoder
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in fp32 whatever the input's dtype."""
 
@@ -154,8 +149,7 @@ def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch
     """cos and sin of position * frequency, (context, E) each, in fp32; the first half of sin is negated for rotate().
 
     Frequency i is theta^(-2i/E) (RoFormer, arXiv 2104.09864). Llama 3 scales it: long wavelengths are slowed down by
-    `factor`, short ones stay, those between are blended linearly.
-    """
+    `factor`, short ones stay, those between are blended linearly."""
     exponents = -torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim  # (E/2,)
     frequencies = config.rope_theta ** exponents  # (E/2,)
     if config.rope_scaling:
@@ -172,8 +166,7 @@ def rotary_tables(config: ModelConfig, device=None) -> tuple[torch.Tensor, torch
 
 def rotate(x, cos, sin):
     """Rotates the pairs (x[i], x[i + E/2]) of every head by the position's angles: x[i] cos - x[i + E/2] sin, and
-    x[i + E/2] cos + x[i] sin. All shapes (B, T, heads, E); rolling by E/2 swaps the halves, and sin has their signs.
-    """
+    x[i + E/2] cos + x[i] sin. All shapes (B, T, heads, E); rolling by E/2 swaps the halves, and sin has their signs."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -262,8 +255,7 @@ class Model(nn.Module):
         Without a cache: plain causal attention from position 0. Right-padded rows need no mask, since no token sees
         what follows it. With a cache: the tokens go to its cursor, `positions` (B, T) are theirs, and `mask`, additive
         and broadcastable to (B, K, T, W), is 0 where a query may look and -inf elsewhere, over the columns begin..end
-        of the cache.
-        """
+        of the cache."""
         if cache is not None and cache.end and mask is None:
             raise ValueError("got a cache that already holds tokens and no mask; expected the mask that says which of "
                              "its columns a row may see")

@@ -62,8 +62,7 @@ class Config:
 class RewardModel(nn.Module):
     """Token rows (prompt, final reply, EOS) -> a score each. The score reads the last token's state: all was seen.
 
-    With positions it scores prefixes of a row instead: what a process reward model or a value model does.
-    """
+    With positions it scores prefixes of a row instead: what a process reward model or a value model does."""
 
     def __init__(self, backbone: Model):
         super().__init__()
@@ -109,8 +108,7 @@ def save_reward_model(reward_model: RewardModel, tokenizer, directory) -> None:
 def final_reply(completion: str) -> str:
     """What the user sees: all but the chain of thought, without white space around it; nothing where it never ends.
 
-    The only thing that a reward model judges (section 2.3.4: helpfulness by the final summary alone).
-    """
+    The only thing that a reward model judges (section 2.3.4: helpfulness by the final summary alone)."""
     return re.sub(f"{THINK}.*?({END_THINK}|$)", "", completion, flags=re.DOTALL).strip()
 
 
@@ -128,8 +126,7 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
                       token_budget: int = 8192) -> list[float]:
     """A score per completion, higher is better; only differences between replies to one prompt mean anything.
 
-    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling.
-    """
+    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling."""
     context = reward_model.backbone.config.context
     rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions)]
     scores = [0.0] * len(rows)

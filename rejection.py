@@ -106,8 +106,6 @@ FILTERS = (correct, well_formatted, one_language, short_enough, not_repetitive)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
-
-
 def sample_rows(model, tokenizer, source: str, round_: int, config: Config, known: dict, keep) -> tuple[list, dict]:
     """-> (rows that passed, report). Raises ValueError where nothing passed, with the filter that took the last.
 

@@ -33,16 +33,13 @@ MAX_DEPTH = 20    # parentheses inside parentheses; an expression over n numbers
 
 
 # ------------------------------------------------------------------------------------------------------------- accuracy
-
-
 def extract_answer(completion: str) -> str | None:
     """The one final <answer>, without the white space around it; None if there is not exactly one.
 
     Final means that the thinking is over (no <think> is still open before it, so a missing </think> costs the answer
     too) and that only white space follows it. One means that no other <answer> or </answer> stands anywhere: a policy
     that may answer twice learns to list guesses. Think tags are not required, for format has its own reward. An empty
-    answer comes back as "", and verify refuses it.
-    """
+    answer comes back as "", and verify refuses it."""
     before, _, rest = completion.partition(ANSWER)
     answer, closing, after = rest.partition(END_ANSWER)
     if not closing or after.strip() or END_ANSWER in before:  # where nothing opened, nothing is left to close
@@ -61,8 +58,7 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]]:
 
     One function per rule, and that is the whole language: no signs, powers, decimals, names or "= 27". Spaces may part
     tokens. Text longer than MAX_LENGTH is refused unread, parentheses deeper than MAX_DEPTH when met, so the recursion
-    is bounded.
-    """
+    is bounded."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"{len(text)} characters, at most {MAX_LENGTH} are read")
     tokens = re.findall(r"[0-9]+|[^ ]", text)  # not \d, which takes Thai digits too
@@ -111,8 +107,7 @@ def verify(expression: str | None, numbers: Sequence[int], target: int) -> tuple
     """Whether the expression uses each of the numbers exactly once and has exactly the target's value, and the reason.
 
     Any way there is welcome, also through negatives and fractions: 8/(3-8/3) is 24. None stands for an answer that was
-    not found.
-    """
+    not found."""
     if expression is None:
         return False, "no single final answer"
     try:
@@ -133,15 +128,12 @@ def accuracy_reward(completion: str, numbers: Sequence[int], target: int) -> flo
 
 
 # --------------------------------------------------------------------------------------------------------------- format
-
-
 def format_reward(completion: str) -> float:
     """1.0 iff the whole completion is <think>...</think>, one newline, <answer>...</answer>, each tag once; else 0.0.
 
     Neither "..." may be empty or only white space; each may hold newlines. Nothing may stand before <think>, and
     nothing behind </answer> except one newline, which some checkpoints write before they stop. Whether the answer is
-    right does not matter here.
-    """
+    right does not matter here."""
     if any(completion.count(tag) != 1 for tag in TAGS):
         return 0.0
     think, separator, answer = completion.removesuffix("\n").partition(f"{END_THINK}\n{ANSWER}")
@@ -150,7 +142,6 @@ def format_reward(completion: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- language
-
 REFLECTION_WORDS = {  # the English ones are those that the paper counts over the training of R1-Zero
     "en": frozenset("wait mistake however but retry error verify wrong evaluate check".split()),
     "de": frozenset("halt warte fehler jedoch aber nochmal überprüfe überprüfen prüfe prüfen falsch bewerte "
@@ -182,8 +173,7 @@ def chain_of_thought(completion: str) -> str:
 
     In a well-formed completion this is the inside of the think block. In any other it is the same text and whatever
     stands around the block, so closing </think> early and thinking on outside hides nothing from the rewards and counts
-    below.
-    """
+    below."""
     before, tag, rest = completion.rpartition(ANSWER)
     text = before if tag else rest
     for tag in TAGS:
@@ -201,8 +191,7 @@ def language_reward(completion: str, language: str = "en") -> float:
     """Share of the CoT's counted words that are of the target language, in [0, 1] (section 2.3.2).
 
     1.0 where nothing was counted: a CoT of sums alone mixes nothing, and a reward for adding words would be paid for
-    decoration. Raises ValueError for a language without a word list.
-    """
+    decoration. Raises ValueError for a language without a word list."""
     if language not in ONLY_IN:
         raise ValueError(f"got language {language!r}, expected {' or '.join(ONLY_IN)}; "
                          "a new one needs its list in COMMON_WORDS")
@@ -211,16 +200,13 @@ def language_reward(completion: str, language: str = "en") -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- the sum
-
-
 def reward(completion: str, numbers: Sequence[int], target: int, *, format_weight: float = 0.2,
            language_weight: float = 0.0, language: str = "en") -> dict[str, float]:
     """accuracy + format_weight * format + language_weight * language, under "reward", beside its unweighted parts.
 
     R1-Zero weights accuracy and format alike (format_weight=1). Our weight is small, so that neat tags around a wrong
     answer are never worth more than a right answer without them. R1 adds the language reward directly
-    (language_weight=1); at 0 it is only measured. Raises ValueError for a language without a word list.
-    """
+    (language_weight=1); at 0 it is only measured. Raises ValueError for a language without a word list."""
     parts = {"accuracy": accuracy_reward(completion, numbers, target), "format": format_reward(completion),
              "language": language_reward(completion, language)}
     total = parts["accuracy"] + format_weight * parts["format"] + language_weight * parts["language"]

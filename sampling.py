@@ -1,21 +1,21 @@
 """The sampling loop: prompts in, completions with their log-probs out.
 
-sample_plainly() is the whole definition, in a dozen lines: one row, no cache. sample() writes the same tokens at the
-speed of the rows that are still writing, and is the one that scripts call; the tests hold it to the plain one.
+sample_plainly() is the whole definition, in a dozen lines: one row, no cache. sample() writes the same tokens many times
+faster, knows temperature 0 and top-p, and is the one that scripts call; the tests hold it to the plain one.
 
 A padded batch waits for its longest row. In sample() rows live in slots that stay full: a finished row makes room for
-the next prompt, and when no prompt is left the remaining rows are compacted into fewer. The prompt of a group is read once,
-then its keys and values are copied to the group's rows. All rows write into the same cache column, the cursor
+the next prompt, and when no prompt is left the remaining rows are compacted into fewer. The prompt of a group is read
+once, then its keys and values are copied to the group's rows. All rows write into the same cache column, the cursor
 (model.KVCache), so a row is its column range:
 
     columns   0  1  2  3  4  5  6  7 cursor
     row 0     .  p  p  t  t  t  t  t  <-       p prompt, t token, . not this row's: masked
-    row 1     .  .  .  .  p  p  p  t  <-       a later prompt, put right before the cursor
+    row 1     .  .  .  .  p  p  p  t  <-       a later prompt, put right before the cursor, which was at 7
 
 The next column to write is cache.end, and on the device cache.cursor, the same number. Attention reads the window of
-columns cache.begin..cache.stop, and a mask hides from each row what is not its own. Whoever runs the model moves the
-cursor: its forward pass does (cache.advance); a StaticKVCache, as CUDA graphs need it, moves only cache.cursor, and
-sample() counts end along and sets stop.
+columns cache.begin..cache.stop (end + 1), and a mask hides from each row what is not its own. The model's forward pass
+moves the cursor (cache.advance). In a StaticKVCache, as CUDA graphs need it, it moves cache.cursor alone, and sample()
+sets end and stop.
 
 Each completion draws from its own random stream, (seed, index), so its tokens do not depend on the rows that share its
 batch, on the number of slots or on the order in which others finish, up to ties within floating-point rounding.
@@ -24,7 +24,7 @@ On a GPU a decoding step is one replay of a CUDA graph (machinery/cuda_graphs.py
 steps at which rows are done.
 
 R rows in use, S columns of the cache, W of them in the window, V vocabulary, U different prompts in one pass of prefill,
-N completions, M max_new_tokens; T tokens, L layers, K key/value heads, E head dimension.
+N completions, M max_new_tokens; T tokens, D width, L layers, K key/value heads, E head dimension.
 """
 
 from collections import Counter, deque
@@ -55,8 +55,7 @@ def sample_plainly(model, prompts: list[list[int]], *, max_new_tokens: int, temp
                    seed: int) -> list[Completion]:
     """The sampling loop written down: a token is the first whose cumulative probability exceeds the next random number.
 
-    Every token costs a pass over all tokens before it, which is what a KV cache saves.
-    """
+    Every token costs a pass over all tokens before it, which is what a KV cache saves."""
     completions = []
     for index, prompt in enumerate(prompts):
         uniforms, token_ids, logprobs = np.random.default_rng([seed, index]).random(max_new_tokens), [], []
@@ -74,8 +73,7 @@ def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[lis
     """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. settings go to sample().
 
     The text has no EOS, and where a prompt already ends in <think> the tag is put back, so that rewards always see
-    <think>...</think>.
-    """
+    <think>...</think>."""
     different = list(dict.fromkeys(prompts))  # the prompts of a group are tokenized once
     ids_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"]))
     prompt_ids = [ids_of[prompt] for prompt in prompts]
@@ -87,16 +85,13 @@ def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[lis
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
-
-
 def choose_tokens(logits, uniforms, *, temperature: float, top_p: float):
     """logits (R, V), uniforms (R,) in [0, 1) -> tokens (R,), logprobs (R,). Nothing in it waits for a GPU.
 
     Inverse-CDF sampling: the token at which the cumulative probability passes the uniform number, one number a token.
     Temperature 0 is greedy, with log-probs at temperature 1. top_p keeps the smallest set of most likely tokens that
     holds that much probability (nucleus sampling, arXiv 1904.09751); it is for evaluation only, because the trainer
-    scores the untruncated policy.
-    """
+    scores the untruncated policy."""
     if temperature not in (0, 1):
         logits = logits.float() / temperature
     log_softmax = logits.log_softmax(-1, dtype=torch.float32)  # (R, V)
@@ -116,8 +111,7 @@ def inverse_cdf(weights, uniforms, block: int = 128):
     """weights (R, V) >= 0, uniforms (R,) -> (R,): the first index whose cumulative weight exceeds uniform * total.
 
     Sums are in float64: in float32, a sum over 150,000 tokens is off by more than a rare token's share. float64 is slow
-    on GPUs, so a large vocabulary is cut into blocks: first the block is chosen, then the token in it.
-    """
+    on GPUs, so a large vocabulary is cut into blocks: first the block is chosen, then the token in it."""
     def first_above(weights, target):  # (R, n), (R,) -> (R,)
         cumulative = weights.double().cumsum(-1)
         target = torch.minimum(target, cumulative[:, -1] * (1 - 2 ** -53))  # else rounding could choose a weight of 0
@@ -138,14 +132,11 @@ def inverse_cdf(weights, uniforms, block: int = 128):
 
 
 # ------------------------------------------------------------------------------------------------------------- the rows
-
-
 class Rows:
     """The state of R rows on the device, and the decoding step, which changes it without asking the host.
 
     Line N of what is written is a scrap line: a row that has stopped goes on decoding and writes there, so that no step
-    needs to know which rows still count.
-    """
+    needs to know which rows still count."""
 
     def __init__(self, model, num_rows: int, columns: int, num_completions: int, max_new_tokens: int, *, static: bool,
                  eos_ids, temperature: float, top_p: float):
@@ -182,6 +173,7 @@ class Rows:
     def step(self) -> None:
         """Every row's last token goes into the cursor's column, and the next one is chosen."""
         self.mask.index_fill_(1, self.cache.cursor, 0.0)
+        # clamped for rows that have stopped: they go on decoding, past the context too
         positions = (self.cache.cursor - self.begins).clamp(0, self.model.config.context - 1)[:, None]  # (R, 1)
         mask = self.mask[:, None, None, self.cache.begin:self.cache.stop]  # (R, 1, 1, W)
         logits = self.model(self.last[:, None], positions=positions, cache=self.cache, mask=mask)[:, 0]  # (R, V)
@@ -190,8 +182,7 @@ class Rows:
     def start(self, rows: list[int], indices: list[int], uniforms, keys, values, logits) -> None:
         """Puts completions of one prompt into these rows, right before the cursor, and chooses their first tokens.
 
-        uniforms (number of rows, M); keys, values (L, K, T, E) and logits (V,) are the prompt's, from prefill().
-        """
+        uniforms (number of rows, M); keys, values (L, K, T, E) and logits (V,) are the prompt's, from prefill()."""
         device, end = self.owner.device, self.cache.end
         begin, where = end - keys.shape[2], torch.tensor(rows, device=device)
         self.cache.begin = min(self.cache.begin, begin)
@@ -221,8 +212,6 @@ class Rows:
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
-
-
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            eos_ids, seed: int, slots: int = 256, first_index: int = 0, static: bool | None = None,
@@ -231,10 +220,9 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
 
     slots: rows that decode at the same time; a memory and speed setting that does not change the tokens.
     first_index: the random stream of the first completion, so that several processes can share one list of prompts.
-    static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: on a GPU.
+    static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: only on a GPU.
     progress: the name of a progress bar, shown where it takes longer than 2 seconds; empty: none.
-    Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context.
-    """
+    Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context."""
     config, device = model.config, model.lm_head.weight.device
     longest = max(map(len, prompts), default=0)
     if min(map(len, prompts), default=1) == 0:
@@ -291,8 +279,8 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         if not live:
             break
 
-        # 2. no prompt is left (else no row would be free here): drop stopped rows, where that pays for moving others into
-        #    their places: once an eighth has stopped; under CUDA graphs by halves, since each size is a graph of its own
+        # 2. a row that is free here stays free, since no prompt is left: drop stopped rows, where that pays for moving
+        #    others into their places: once over an eighth has stopped; under CUDA graphs by halves, a graph a size
         size = len(done)
         if static:
             while len(live) <= size // 2:
@@ -325,10 +313,9 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
 
 
 def prefill(model, prompts: list[tuple[int, ...]]):
-    """Reads prompts, U at a time; yields each with its keys, values (L, K, T, E) and the logits (V,) after its last token.
+    """Reads prompts, U at a time; yields each with its keys, values (L, K, T, E) and logits (V,) after its last token.
 
-    Rows are padded on the right, where causal attention lets no prompt token see the padding.
-    """
+    Rows are padded on the right, where causal attention lets no prompt token see the padding."""
     weight = model.lm_head.weight
     budget = 1024 if weight.is_cpu else 16384  # tokens in one pass; a CPU gains by less padding, a GPU by fewer passes
     for micro_batch in micro_batches([len(prompt) for prompt in prompts], budget):

@@ -113,8 +113,7 @@ def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], li
 def check_same_tokenizer(tokenizer, teacher_tokenizer, config: Config) -> None:
     """Raises ValueError where a token id does not mean the same to both: then distributions cannot be compared.
 
-    That is a reason to distil by text, as DeepSeek-R1 does into Qwen and Llama: text needs no common tokenizer.
-    """
+    That is a reason to distil by text, as DeepSeek-R1 does into Qwen and Llama: text needs no common tokenizer."""
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         differ = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
@@ -161,8 +160,7 @@ def schedule(step: int, steps: int, config: Config) -> float:
 def completion_losses(model, examples, config: Config, teacher=None):
     """Yields (sum of the losses of the completion tokens in nats, their number) for one micro-batch after the other.
 
-    A token's loss is -log p; with a teacher KL(teacher || model) over the whole vocabulary at its place.
-    """
+    A token's loss is -log p; with a teacher KL(teacher || model) over the whole vocabulary at its place."""
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     for micro_batch in micro_batches(lengths, config.micro_batch_tokens):
         prompts, completions = zip(*(examples[i] for i in micro_batch))

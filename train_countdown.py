@@ -2,7 +2,7 @@
 
     python train_countdown.py                    # 2 CPU cores: 4 to 11 minutes, held-out pass@1 42.2% -> 97.7%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
-    python train_countdown.py --model runs/sft/checkpoint --language-weight 0.5 --out runs/rl     # R1's first RL
+    python train_countdown.py --model runs/cold-start/checkpoint --language-weight 0.5 --out runs/rl  # R1's first RL
     python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
     torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
 
@@ -13,19 +13,19 @@ The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; t
     3. reward them: accuracy, format
     4. advantages: who beat the group's mean, and by how much
     5. log-probs of the same tokens under ref_policy, only with --kl-coef
-    6. update the policy on the tokens of all groups that say something
+    6. update the policy on the tokens of all groups that say something (with a KL: of all)
     7. log; now and then evaluate on held-out puzzles, print a sample, save
 
 Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
 no KL by default, since rules are harder to fool than a learnt judge and the reference would cost one more forward pass;
-batch 256, one update a batch, so that the ratio is 1 and the clip idle unless --inner-epochs says otherwise; and a
-learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise
-together; the last line says pass@1 before -> after. Every completion stays in RUN/rollouts.jsonl, and
-`python -m machinery.rollouts RUN --show 20` prints those of step 20 with their rewards and advantages.
+batch 256, one update a batch, so that the ratio is 1 and the clip idle unless --inner-epochs says otherwise; a learning
+rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise together; the last line says
+pass@1 before -> after; `python -m machinery.rollouts RUN --show 20` prints every completion of step 20.
 
 Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
-tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what begins with all_ is
-everybody's, and "all ranks" means that every process has to call. What saves and resumes is in machinery/rl_run.py.
+tokens, M max_new_tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what
+begins with all_ is everybody's, and "all ranks" means that every process has to call. What saves and resumes is in
+machinery/rl_run.py.
 """
 
 import math
@@ -43,14 +43,15 @@ from grpo import group_advantages, grpo_loss, token_weights
 from machinery import distributed
 from machinery.batching import aligned, micro_batches, pad_batch, score, token_logprobs
 from machinery.checkpoints import DTYPES, check_dtype
-from machinery.flags import bad_input_exits, check_positive, disk_full_exits, out_of_memory_exits, parse_config
+from machinery.flags import (StopRequest, bad_input_exits, check_positive, disk_full_exits, out_of_memory_exits,
+                             parse_config)
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
 from machinery.optimizer import clip_gradients
 from machinery.plots import plot_run
 from machinery.presets import PRESETS
-from machinery.rl_run import (Run, log, open_run, prepare, sampling_weights, save, save_or_stop,
-                              stop_on_broken_gradient, stop_on_broken_logprobs)
+from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_or_stop, stop_on_broken_gradient,
+                              stop_on_broken_logprobs)
 from machinery.rollouts import KEPT, Rollout, collect
 from machinery.run_folder import append_jsonl, create_run, read_jsonl
 from preference import load_reward_model, preference_scores
@@ -72,27 +73,27 @@ class Config:
     temperature: float = 1.0         # of the policy that samples and trains
     learning_rate: float = 1e-3      # of AdamW; for 0.8M parameters. DeepSeek-R1-Zero: 3e-6
     warmup_steps: int = 5            # first steps, with linearly rising learning rate
-    final_lr: float = 0.1            # share of it that a linear fall over all steps leads to; 1: no fall, as in the paper
+    final_lr: float = 0.1            # share of learning_rate at the end of its linear fall; 1: no fall, as in the paper
     weight_decay: float = 0.0        # decoupled; pulling a good policy towards zero helps nothing
     clip_norm: float = 1.0           # gradient norm limit
     inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, ratio and clip matter
     clip_low: float = 0.2            # the ratio's lower clip, 1 - clip_low
     clip_high: float = 0.2           # the ratio's upper clip, 1 + clip_high; DAPO's clip-higher: 0.28
     kl_coef: float = 0.0             # weight of the k3 KL to the reference, per token; DeepSeek-R1-Zero: 0.001
-    ref_every: int = 0               # replace the reference by the policy every N steps, 0: never; R1-Zero: 400
+    ref_every: int = 0               # steps until the policy replaces the reference, 0: never; DeepSeek-R1-Zero: 400
     average: str = "token"           # token, sequence (GRPO as published) or constant (Dr. GRPO): grpo.token_weights
     normalize_std: bool = True       # divide advantages by their group's deviation; Dr. GRPO does not
     drop_truncated: bool = False     # leave truncated completions out of the loss (DAPO's overlong filtering)
     format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
-    language_weight: float = 0.0     # reward for the share of words in --language; R1's first RL adds it with 1
+    language_weight: float = 0.0     # reward for the share of words in --language; DeepSeek-R1: 1, r1.py: 0.5
     language: str = "en"             # the language that consistency is measured against
     general: str = ""                # JSONL of general prompts (tasks.general questions), for the last --general-steps
     general_steps: int = 0           # last steps that mix them in; DeepSeek-R1: the last 400 of 1,700
     general_share: float = 0.25      # share of the prompts that is general then
-    preference: str = ""             # reward model (preference.py) that scores the replies to them
+    preference: str = ""             # reward model (preference.py) that scores the replies to general prompts
     lora_rank: int = 0               # train adapters of this rank on a frozen model (LoRA); 0: all weights
     lora_alpha: float = 32.0         # their scale is lora_alpha / lora_rank
-    seed: int = 0                    # problems and sampling
+    seed: int = 0                    # train problems, sampling, adapters
 
     # the machine and the run folder
     out: str = "runs/zero"           # run folder to create
@@ -183,8 +184,6 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the beginning
-
-
 def check(config: Config) -> None:
     check_level_and_style(config.level, config.style)
     if config.average not in ("token", "sequence", "constant"):
@@ -227,7 +226,7 @@ def start(config: Config):
     input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
     with bad_input_exits():
         run = open_run(config)
-        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # to see that they fit
+        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # do they fit the context?
         prompts = [make_prompt(puzzle, config.style, run.tokenizer) for puzzle in held_out]
         questions, judge = [], None
         if config.general_steps:
@@ -244,7 +243,7 @@ def start(config: Config):
             create_run(config.out, config)
     if run.first_rank:
         print(config)
-    prepare(run, config)
+    run.stop = StopRequest()
     if not config.resume:
         before = evaluate_policy(run, config)
         if run.first_rank:
@@ -255,8 +254,6 @@ def start(config: Config):
 
 
 # ----------------------------------------------------------------------------------------------------- one optimizer step
-
-
 def draw_problems(rng: random.Random, step: int, questions: list[dict], config: Config) -> list:
     """all_P problems: train puzzles; in R1's last steps some of them are general prompts instead."""
     all_P = config.batch_size // config.group_size
@@ -297,20 +294,19 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
     advantages (N,), or (N, M) with one for each of a completion's tokens, in the batch's order; ref_logprobs: N lists,
     or None. The gradient is the sum over micro-batches and processes, since each loss is divided by the whole step's
     divisor. Where its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the
-    policy is still the one that sampled, all else is of the last.
-    """
+    policy is still the one that sampled, all else is of the last."""
     optimizer, norm = run.optimizer, 0.0
     optimizer.set_learning_rate(learning_rate(run.step, config))
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
     cuts = micro_batches(lengths, config.micro_batch_tokens)  # each the places of b sequences in the batch
     tokens = sum(distributed.gather([sum(len(completion.token_ids) for _, completion in batch)]))
     for epoch in range(config.inner_epochs):
-        sums, largest_gap = {"loss": 0.0, "entropy": 0.0, "logprob_gap": 0.0}, 0.0
+        sums, gaps = {"loss": 0.0, "entropy": 0.0, "logprob_gap": 0.0}, [0.0]
         distributed.add_missing_passes(run.policy, len(cuts))  # --fsdp only: all ranks must make equally many
         for cut in tqdm(cuts, desc="training", delay=2, leave=False, disable=not run.first_rank):
             loss, stats, gap = micro_batch_loss(run, batch, cut, advantages, ref_logprobs, divisor, config)
             loss.backward()
-            largest_gap = max(largest_gap, gap)
+            gaps.append(gap)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
         if tokens:  # else no completion of any process has a gradient
@@ -323,7 +319,7 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
         averages = {name: value if name == "loss" else value / max(1, tokens) for name, value in sums.items()}
         if epoch == 0:
             first_epoch = {"entropy": averages["entropy"], "logprob_gap": averages["logprob_gap"],
-                           "logprob_gap_max": distributed.max_over_ranks(largest_gap)}
+                           "logprob_gap_max": distributed.max_over_ranks(gaps)}
         if not math.isfinite(norm):
             break
     return {**first_epoch, **{name: value for name, value in averages.items() if name not in first_epoch},
@@ -346,14 +342,12 @@ def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logp
     weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)
     loss, stats = grpo_loss(logprobs, old_logprobs, own, weights, divisor=divisor, clip_low=config.clip_low,
                             clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
-    gap = (logprobs.detach() - old_logprobs).abs() * mask  # both are 0 where the mask is
-    sums = {"loss": loss.item(), "entropy": (entropy * mask).sum().item(), "logprob_gap": gap.sum().item(), **stats}
+    gap = (logprobs.detach() - old_logprobs).abs()  # (b, T-1); all three are 0 where the mask is 0
+    sums = {"loss": loss.item(), "entropy": entropy.sum().item(), "logprob_gap": gap.sum().item(), **stats}
     return loss, sums, gap.max().item()
 
 
 # ------------------------------------------------------------------------------------------------------ measure and tell
-
-
 def evaluate_policy(run: Run, config: Config) -> dict:
     """All ranks: held-out pass@1 and what completions look like, with the same puzzles and random numbers every time.
     The first rank measures; the others wait for it and get an empty table."""

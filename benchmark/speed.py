@@ -104,9 +104,6 @@ class Config:
         return self.dtype or default
 
 
-# ------------------------------------------------------------------------------------------------- models and workloads
-
-
 def tiny_workloads(tokenizer, config: Config) -> list[Workload]:
     """The first rollout of the quickstart, but for the puzzles."""
     rng = random.Random(config.seed)
@@ -164,9 +161,6 @@ def qwen(size: str, config: Config):
         shape = tuple(map(min, shape, (2, 4, 32, 32)))
     workload = random_workload(*shape, hf_config.vocab_size, config.seed)
     return *random_models(hf_config, DTYPES[config.chosen_dtype(size)], config), [workload]
-
-
-# --------------------------------------------------------------------------------------------------------- measurements
 
 
 def samplers(model, hf_model, workload: Workload, config: Config) -> dict:
@@ -227,9 +221,6 @@ def measure_growth(model, hf_model, config: Config) -> dict:
                 print(f"growth, {axis} {value}: {name} {describe(result.speeds)}", file=sys.stderr)
         growth[axis] = curves
     return growth
-
-
-# -------------------------------------------------------------------------------------------------------------- results
 
 
 def table_rows(what: str, unit: str, results: dict[str, Result], scale: float = 1.0) -> list[dict]:

@@ -70,9 +70,6 @@ def alternate(runners: dict, config) -> dict[str, Result]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------- samplers
-
-
 @dataclass(frozen=True)
 class Workload:
     name: str
@@ -117,8 +114,7 @@ def time_continuous(hf_model, workload: Workload, device: str) -> tuple[int, flo
 
     Without flash attention each new token is scored against the cache of all requests in flight and masked, so on a CPU
     only 32 are in flight: more were not faster. Its cache is sized for them; the default takes 90% of the free memory,
-    a CPU's main memory too.
-    """
+    a CPU's main memory too."""
     from transformers import ContinuousBatchingConfig
     in_flight = min(len(workload.prompts), 32 if device == "cpu" else 1024)
     longest = max(map(len, workload.prompts)) + workload.max_new_tokens
@@ -147,9 +143,6 @@ def time_continuous(hf_model, workload: Workload, device: str) -> tuple[int, flo
         raise DoesNotRun(f"{'pip install psutil; ' if blind else ''}{type(error).__name__}: {error}") from None
     finally:  # it switches to a paged one, with which generate would not run
         hf_model.set_attn_implementation(attention)
-
-
-# ------------------------------------------------------------------------------------------------------- whole RL steps
 
 
 def time_our_steps(config, directory: Path) -> list[float]:
@@ -203,15 +196,11 @@ def time_trl_steps(config, directory: Path) -> list[float]:
     return [t / s for t, s in zip(tokens, seconds)][1:]
 
 
-# ---------------------------------------------------------------------------------------- shares of the physical limits
-
-
 def matrix_parameters(config) -> tuple[int, int]:
     """Weights that multiply every token -> (all layers together, the output head).
 
     A layer: D*H*E each for q and o, D*K*E each for k and v, 3*D*I for the MLP. The head: V*D, tied or not. Without the
-    embedding, of which a token reads one row, and without norms and biases, a thousandth of the rest.
-    """
+    embedding, of which a token reads one row, and without norms and biases, a thousandth of the rest."""
     D, heads = config.hidden_size, 2 * (config.num_heads + config.num_kv_heads)
     layer = D * heads * config.head_dim + 3 * D * config.intermediate_size
     return config.num_layers * layer, config.vocab_size * D
@@ -221,8 +210,7 @@ def decode_bytes(config, *, rows: int, prompt_tokens: int, steps: int, bytes_per
     """Bytes that so many decoding steps of equally long rows cannot avoid to read.
 
     Each step: every weight matrix once, and of every row the keys and values (2*L*K*E numbers a token) of all its
-    tokens so far, the new one included: prompt_tokens + 1 at step 1, prompt_tokens + steps at the last.
-    """
+    tokens so far, the new one included: prompt_tokens + 1 at step 1, prompt_tokens + steps at the last."""
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     tokens = rows * (steps * prompt_tokens + steps * (steps + 1) // 2)
     return bytes_per_number * (steps * sum(matrix_parameters(config)) + tokens * cached)
@@ -237,8 +225,7 @@ def training_flops(config, *, rows: int, prompt_tokens: int, completion_tokens: 
         6 * rows * (layers * T + head * completion)  +  3 * rows * L * 4*H*E * T*(T+1)/2
 
     The second term is causal attention: q k^T and its product with v are 2*H*E FLOPs each for every pair of a token and
-    one that it sees. Nothing is added for recomputed activations.
-    """
+    one that it sees. Nothing is added for recomputed activations."""
     layers, head = matrix_parameters(config)
     T = prompt_tokens + completion_tokens - 1
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * (T * (T + 1) // 2)
@@ -248,8 +235,7 @@ def training_flops(config, *, rows: int, prompt_tokens: int, completion_tokens: 
 def time_memory(device) -> tuple[float, float]:
     """Bytes and seconds of the faster of two passes over large buffers: a read (their sum) and a copy (counted twice).
 
-    1 GiB on a GPU, 512 MiB on a CPU, far beyond the caches of both.
-    """
+    1 GiB on a GPU, 512 MiB on a CPU, far beyond the caches of both."""
     size = 2 ** 30 if str(device).startswith("cuda") else 2 ** 29
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)

@@ -26,9 +26,6 @@ from train_countdown import draw_problems, evaluate_policy, finish, log_row, los
 HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
 class Step(NamedTuple):
     index: int    # of the token behind which it is judged, within the completion
     kind: str     # ahead: the line's ":", before any attempt; line: the line's end; answer
@@ -39,8 +36,7 @@ def still_reaches(header: str, puzzle: Puzzle) -> bool:
     """Whether the header is true, and its numbers left can still make the target: by the exact solver.
 
     "5-4=1,3 1:" uses two numbers, and 1 and 3 have to make the target. "27/3=9 need,5 4:" works backwards from the
-    target with one number, and the other two have to make 9. Anything else, a slip in it included, leads nowhere.
-    """
+    target with one number, and the other two have to make 9. Anything else, a slip in it included, leads nowhere."""
     match = HEADER.fullmatch(header)
     if not match:
         return False
@@ -86,9 +82,6 @@ def score_traces(scorer, traces: list[Trace]) -> list[list[float]]:
                            [[len(t.prompt_ids) + step.index for step in t.steps] for t in traces])
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
-
-
 def step_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
                     lengths: list[int]) -> list[list[float]]:
     """Rewards of single steps -> an advantage per token, within one group. (DeepSeekMath, section 4.1.3.)
@@ -96,8 +89,7 @@ def step_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
     step_rewards and step_ends hold for each of the G completions a reward per step and the index of the token that ends
     it; lengths are the completions' tokens. All step rewards of the group are normalised together, and a token's
     advantage is the sum over the steps that end at it or later: it is paid for what it led to. A group without two
-    different step rewards gets zeros.
-    """
+    different step rewards gets zeros."""
     flat = torch.tensor([reward for rewards in step_rewards for reward in rewards])
     if len(flat) < 2 or (flat == flat[0]).all():
         return [[0.0] * length for length in lengths]
@@ -118,8 +110,7 @@ def line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome
     end, and what the log says of the lines. arm: (weight of the outcome, weight of the lines, how these are rewarded).
 
     normalised: DeepSeekMath's process supervision; a line below the group's mean costs. paid: a completion's reward is
-    the sum over its lines, and its advantage is that of any reward; a line never costs.
-    """
+    the sum over its lines, and its advantage is that of any reward; a line never costs."""
     outcome_weight, line_weight, form = arm
     G, lengths = outcome.shape[1], [len(c.token_ids) for c in completions]
     traces = [Trace(puzzle, prompt, c.token_ids, "", [step for step in find_steps(
@@ -141,9 +132,6 @@ def line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome
     lines = sum(map(len, labels))
     return advantages, {"prm_score": sum(map(sum, scores)) / max(1, lines), "lines": lines / len(traces),
                         "lines_that_reach": sum(map(sum, labels)) / max(1, lines)}
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
 
 
 def train_on_lines(config, scorer, tokenizer, arm: tuple, go_on: str) -> None:

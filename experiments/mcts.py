@@ -31,8 +31,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, make_prompt, sample_puzzles
-from experiments.scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two,
-                                reliability, score_positions, train_scorer, vote)
+from evaluate import answer_value
+from experiments.scorer import (best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
+                                score_positions, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages,
                                sample_groups, seed_folder, seeds_to_run, share_axis, text, with_interval)
 from experiments.tree import MAX_DEPTH, START, search
@@ -74,9 +75,6 @@ QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=
 WIDTHS = (2, 4, 8, 16)
 
 
-# ------------------------------------------------------------------------------------------------------ plain sampling
-
-
 def value_examples(groups, puzzles: list[Puzzle], newline: int, shuffled: random.Random | None = None) -> list[tuple]:
     """Token rows, the ends of their lines, and at each whether the rollout ended right; shuffled: some other rollout."""
     examples, returns = [], []
@@ -93,13 +91,6 @@ def value_examples(groups, puzzles: list[Puzzle], newline: int, shuffled: random
 
 def last_scores(value_model, rows: list[list[int]]) -> list[float]:
     return [scores[0] for scores in score_positions(value_model, rows, [[len(row) - 1] for row in rows])]
-
-
-def plain_curves(groups, puzzles: list[Puzzle], scores: list[list[float]], samples: int) -> dict:
-    """Share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N."""
-    return mean_curves([choose_from_n([answer_value(words, puzzle) for _, _, words in group], puzzle.target, {
-        "majority": (vote, [1.0] * samples), "best of N": (best, own), "weighted vote": (vote, own)})
-        for puzzle, group, own in zip(puzzles, groups, scores)])
 
 
 def growth(groups, newline: int, lines: int = 8, tokens: int = 60) -> dict:
@@ -120,9 +111,6 @@ def growth(groups, newline: int, lines: int = 8, tokens: int = 60) -> dict:
     token_rows = [[completion.token_ids for _, completion, _ in group] for group in groups]
     return {"lines": count(end_of_line, range(1, lines + 1)),
             "tokens": count(lambda row, depth: depth if depth <= len(row) else 0, range(1, tokens + 1))}
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def train_values(config: Config, folder: Path, seed: int) -> dict:
@@ -161,8 +149,12 @@ def compare(config: Config, folder: Path, seed: int) -> None:
         groups = sample_groups(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling", START)
         scores = [trained([prompt + completion.token_ids for prompt, completion, _ in group]) for group in groups]
         tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
-        return {"tokens": tokens, "plain": plain_curves(groups, puzzles, scores, config.samples),
-                "growth": growth(groups, newline)}
+        # share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N
+        plain_ = mean_curves([choose_from_n(
+            [answer_value(words, puzzle.numbers) for _, _, words in group], puzzle.target,
+            {"majority": (vote, [1.0] * config.samples), "best of N": (best, own), "weighted vote": (vote, own)})
+            for puzzle, group, own in zip(puzzles, groups, scores)])
+        return {"tokens": tokens, "plain": plain_, "growth": growth(groups, newline)}
 
     tokens = piece(folder, "plain", sample_plainly)["tokens"]
     sizes = powers_of_two(config.samples)
@@ -171,7 +163,9 @@ def compare(config: Config, folder: Path, seed: int) -> None:
         def table():
             trees, table = search(model, tokenizer, value_of, puzzles, width=width, explore=config.explore, seed=seed,
                                   what=name, budgets=[size * tokens for size in sizes if size <= most])
-            return by_completions(table, tokens) | {"nodes_by_depth": [
+            by_completions = {way: {round(budget / tokens): value for budget, value in row.items()}
+                              if isinstance(row, dict) else row for way, row in table.items()}
+            return by_completions | {"nodes_by_depth": [
                 sum(tree.nodes_by_depth.get(depth, 0) for tree in trees) / len(trees)
                 for depth in range(1, MAX_DEPTH + 1)]}
         piece(folder, name, table)
@@ -181,12 +175,6 @@ def compare(config: Config, folder: Path, seed: int) -> None:
         measure(f"width {width}", trained, width, config.ablation_budget)
     measure("values shuffled", lambda rows: last_scores(shuffled, rows), config.width, config.ablation_budget)
     measure("values none", lambda rows: [0.5] * len(rows), config.width, config.ablation_budget)
-
-
-def by_completions(table: dict, tokens: float) -> dict:
-    """Budgets in completions instead of tokens."""
-    return {way: {round(budget / tokens): value for budget, value in row.items()} if isinstance(row, dict) else row
-            for way, row in table.items()}
 
 
 def write_training_data(config: Config, folder: Path, seed: int) -> dict:
@@ -216,8 +204,8 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
     stages, models = [], {"base": shlex.quote(config.model)}
     for name in ("plain", "mcts"):
         models[name] = f"{place}/sft-{name}/checkpoint"
-        stages.append(Stage(f"sft-{name}", f"python sft.py --data {place}/{name}.jsonl --model {models['base']} --epochs 2 "
-                            f"--learning-rate 2e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
+        stages.append(Stage(f"sft-{name}", f"python sft.py --data {place}/{name}.jsonl --model {models['base']} "
+                            f"--epochs 2 --learning-rate 2e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
                             f"--out {place}/sft-{name}"))
     return stages + [Stage(f"eval-{name}", f"python evaluate.py --model {model} --n {config.eval_n} --samples 4 "
                            f"--json {place}/eval-{name}.json") for name, model in models.items()]

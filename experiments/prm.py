@@ -29,9 +29,9 @@ import matplotlib.pyplot as plt
 
 import train_countdown
 from countdown import make_prompt, sample_puzzles
+from evaluate import answer_value
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
-from experiments.scorer import (answer_value, best, choose_from_n, held_out_puzzles, mean_curves, reliability,
-                                train_scorer, vote)
+from experiments.scorer import best, choose_from_n, held_out_puzzles, mean_curves, reliability, train_scorer, vote
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, sample_groups,
                                seed_folder, seeds_to_run, share_axis, text, with_interval)
 from machinery.checkpoints import load
@@ -76,17 +76,11 @@ ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how li
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- scorer
-
-
 def scorer_examples(traces: list[Trace], noise: float, seed: int) -> list[tuple]:
     """Traces with a step, as train_scorer takes them; a share of the labels flipped."""
     rng = random.Random(f"{seed}, {noise}")
     return [(t.prompt_ids + t.token_ids, [len(t.prompt_ids) + step.index for step in t.steps],
              [abs(step.label - (rng.random() < noise)) for step in t.steps]) for t in traces if t.steps]
-
-
-# -------------------------------------------------------------------------------------------------------------- rerank
 
 
 def weigh(steps: list[Step], scores: list[float]) -> dict[str, float]:
@@ -106,12 +100,9 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
         by = {way: [weight[way] for weight in weights] for way in ("mean", "min", "last", "answer")}
         ways = {"majority": (vote, [1.0] * samples), "PRM-weighted vote": (vote, by["last"]),
                 **{f"PRM, {way}": (best, own) for way, own in by.items()}}
-        curves.append(choose_from_n([answer_value(trace.text, group[0].puzzle) for trace in group],
+        curves.append(choose_from_n([answer_value(trace.text, group[0].puzzle.numbers) for trace in group],
                                     group[0].puzzle.target, ways))
     return mean_curves(curves)
-
-
-# -------------------------------------------------------------------------------------------------------------- reward
 
 
 def rl_config(config: Config, folder: Path, arm: str, seed: int) -> train_countdown.Config:
@@ -126,9 +117,6 @@ def resumed(settings: train_countdown.Config) -> train_countdown.Config:
         return replace(settings, resume=settings.out)
     shutil.rmtree(settings.out, ignore_errors=True)  # killed before anything was worth keeping
     return settings
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:

@@ -4,7 +4,6 @@ does so, and how one of N answers is chosen with such scores.
 
 import random
 from collections import defaultdict
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from machinery.batching import micro_batches
 from machinery.checkpoints import load
 from machinery.optimizer import MasterAdamW, clip_gradients
 from preference import RewardModel
-from rewards import extract_answer, parse_expression
 
 
 def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
@@ -72,15 +70,6 @@ def reliability(pairs: list[tuple[float, float]], bins: int = 10) -> dict:
     return {"n": len(pairs), "accuracy": sum((p > 0.5) == label for p, label in pairs) / len(pairs),
             "majority_class": max(positive, 1 - positive),
             "calibration_error": sum(abs(p - share) * size for p, share, size in curve) / len(pairs), "curve": curve}
-
-
-def answer_value(completion: str, puzzle: Puzzle) -> Fraction | None:
-    """The exact value of a valid answer: what votes are counted for."""
-    try:
-        value, used = parse_expression(extract_answer(completion) or "")
-    except ValueError:
-        return None
-    return value if sorted(used) == sorted(puzzle.numbers) else None
 
 
 def vote(values: list, weights: list[float]):

@@ -6,10 +6,6 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
     OUT/config.json            the settings; a folder holds one set of them
     OUT/seed0/...              runs, datasets and pieces of a seed
     OUT/NAME.json, .png, .md   results of all seeds; the ones that we ran are in experiments/results/
-
-    python -m experiments.prm --seed 0         # one seed; the others in other terminals
-    python -m experiments.prm                  # what is missing, then the picture
-    python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 """
 
 import fcntl
@@ -181,8 +177,8 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def finish(config, name: str, results: dict, draw, table, verdict) -> None:
-    """OUT/NAME.json, NAME.png, and NAME.md: what docs/studies.md says. draw(results, path) draws, table(results) -> markdown,
-    verdict(results) -> two sentences."""
+    """OUT/NAME.json, NAME.png, and NAME.md: what docs/studies.md says. draw(results, path) draws, table(results) ->
+    markdown, verdict(results) -> two sentences."""
     folder = Path(config.out)
     record = {"command": f"python -m experiments.{name}", "config": asdict(config),
               "minutes": {path.name: round(minutes(path), 1) for path in sorted(folder.iterdir()) if path.is_dir()},

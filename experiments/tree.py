@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from countdown import Puzzle, make_prompt
-from experiments.scorer import answer_value, best, vote
+from evaluate import answer_value
+from experiments.scorer import best, vote
 from machinery.checkpoints import end_tokens
 from sampling import sample
 
@@ -87,7 +88,7 @@ class Search:
             self.nodes_by_depth[child.depth] = self.nodes_by_depth.get(child.depth, 0) + 1
             if ended:
                 words = START + tokenizer.decode(child.path()[len(self.root.token_ids):-1])
-                self.finished.append((child, answer_value(words, self.puzzle), value, words))
+                self.finished.append((child, answer_value(words, self.puzzle.numbers), value, words))
             back_up(child, value if ended or not child.over else 0.0)
 
     def choose(self) -> dict:
@@ -104,8 +105,7 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
     """One tree a puzzle, all in step: each round every tree selects a node, the policy writes lines below all of them at
     once, and value_of(token rows) judges these. -> the trees, and for each budget (tokens) the share that answers right.
 
-    A result belongs to a budget as long as no token beyond it was spent.
-    """
+    A result belongs to a budget as long as no token beyond it was spent."""
     ends = end_tokens(model, tokenizer)
     newline = tokenizer.convert_tokens_to_ids("\n")
     roots = tokenizer([make_prompt(puzzle) + START for puzzle in puzzles], add_special_tokens=False)["input_ids"]

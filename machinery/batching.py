@@ -15,8 +15,7 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
     """Indices of rows of like length, put together so that rows * longest row <= token_budget (a row longer than that:
     alone).
 
-    A memory and speed setting only: losses are summed over the step's tokens, so no cut changes the gradient.
-    """
+    A memory and speed setting only: losses are summed over the step's tokens, so no cut changes the gradient."""
     batches, batch = [], []
     ascending = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     for index in ascending:  # so this row is the longest of its micro-batch
@@ -55,8 +54,7 @@ def token_logprobs(model, input_ids, mask, temperature: float = 1.0, *, with_ent
 
     The logits of 8,192 tokens of a 151,936-token vocabulary are 5 GB in fp32, and softmax and gradient want as much
     again. So they never exist all at once: prompts and padding get none, and the others are cut into chunks, which the
-    backward pass computes anew.
-    """
+    backward pass computes anew."""
     used = mask > 0
     targets = input_ids[:, 1:][used]  # (N,)
 
@@ -88,8 +86,7 @@ def teacher_kl(model, teacher, input_ids, mask):
     """KL(teacher || model) in nats at each place where mask (B, T-1) > 0 -> (B, T-1), 0 elsewhere.
 
     Over the full vocabulary, at temperature 1; gradient reaches the model only. A token of a text says which of 255
-    came next, this says how likely each of them was (Hinton et al., arXiv 1503.02531). In chunks, as token_logprobs.
-    """
+    came next, this says how likely each of them was (Hinton et al., arXiv 1503.02531). In chunks, as token_logprobs."""
     used = mask > 0
     with torch.no_grad():
         teacher_hidden = teacher.hidden(input_ids[:, :-1])[used]  # (N, teacher's D)

@@ -21,8 +21,7 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     """A Hugging Face directory or hub id -> (model, tokenizer).
 
     Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
-    by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend.
-    """
+    by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend."""
     check_device(device)
     directory = find_directory(path_or_id)
     hf_config, tokenizer, state = read_directory(directory)
@@ -49,8 +48,7 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
 def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     """Writes a Hugging Face directory, built beside its place and moved there whole: a kill leaves no half model.
 
-    state: the state dict to write, where the model's own tensors are split over processes.
-    """
+    state: the state dict to write, where the model's own tensors are split over processes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -87,9 +85,6 @@ def check_dtype(name: str) -> None:
 def check_device(device) -> None:
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"got device {device!r}, but this PyTorch sees no CUDA GPU; use --device cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------- directories
 
 
 def find_directory(path_or_id) -> Path:

@@ -12,8 +12,7 @@ class StaticKVCache(KVCache):
     """A KVCache with nothing in a decoding step that depends on the host, as a CUDA graph needs it.
 
     The cursor that counts is the one on the device. The window is columns begin..stop, which the caller sets for many
-    steps in advance, wider than what is in use: the mask hides the rest.
-    """
+    steps in advance, wider than what is in use: the mask hides the rest."""
 
     stop = 0
 
@@ -31,8 +30,7 @@ class StaticKVCache(KVCache):
 class Graphs:
     """Runs a decoding step as one launch. A CUDA graph repeats the same kernels on the same memory, so there is one for
     each shape. A shape's first step runs as it is, which also warms up what may not happen for the first time under
-    capture. Without a GPU every step does.
-    """
+    capture. Without a GPU every step does."""
 
     def __init__(self, step, device):
         self.step, self.capture, self.graphs, self.pool = step, device.type == "cuda", {}, None

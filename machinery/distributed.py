@@ -24,14 +24,11 @@ from torch import nn
 from machinery.checkpoints import check_device
 from model import Model
 
-# ------------------------------------------------------------------------------------------- processes, numbers, lists
-
 
 def start(device: str) -> str:
     """Joins the other processes that torchrun started -> this one's device: cuda:0, cuda:1, ... or cpu.
 
-    Raises ValueError for a device that is not there, and for more processes than GPUs.
-    """
+    Raises ValueError for a device that is not there, and for more processes than GPUs."""
     check_device(device)
     if "LOCAL_RANK" not in os.environ:  # not started by torchrun
         return device
@@ -94,9 +91,9 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return sums
 
 
-def max_over_ranks(value: float) -> float:
-    """All ranks: the largest value; nan if one is, which Python's max would lose."""
-    return torch.tensor(gather([value]), dtype=torch.float64).max().item()
+def max_over_ranks(values: list[float]) -> float:
+    """All ranks: the largest of all their values; nan if one is, which Python's max would lose."""
+    return torch.tensor(gather(values), dtype=torch.float64).max().item()
 
 
 def any_rank(flag: bool) -> bool:
@@ -110,35 +107,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------ gradients of whole weights (DDP)
-
-
-def sum_gradients(gradients: list[torch.Tensor], *, bucket: int = 25_000_000) -> None:
+def sum_gradients(gradients: list[torch.Tensor]) -> None:
     """All ranks: each tensor becomes its sum over the ranks, in place. Sharded ones stay: backward() summed those.
 
     The sum, not the mean: each rank divided its loss by the tokens of the whole step. A rank that trained on nothing
-    brings zeros. bucket: elements per message, so that small tensors travel together and no second copy of all is made.
-    """
+    brings zeros."""
     if any(isinstance(gradient, nn.Parameter) for gradient in gradients):
         raise ValueError("got parameters, expected their gradients; pass [parameter.grad for ...]")
-    gradients = [gradient for gradient in gradients if not is_split(gradient)]
-    if world_size() == 1:
-        return
-    buckets, size = [], 0
     for gradient in gradients:
-        if not buckets or size + gradient.numel() > bucket:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(gradient)
-        size += gradient.numel()
-    for tensors in buckets:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
-
-
-# --------------------------------------------------------------------------------------------- sharded weights (FSDP2)
+        if world_size() > 1 and not is_split(gradient):
+            dist.all_reduce(gradient)
 
 
 def is_split(tensor) -> bool:
@@ -152,8 +130,7 @@ def shard(model: Model, *, dtype: torch.dtype) -> None:
 
     A block's weights are put together when forward or backward reaches it, in `dtype`, and dropped behind it; the
     shards stay in the model's own dtype, so load it in fp32. backward() sums the gradients over the ranks, in fp32.
-    Train through model(...): model.hidden(...) alone would not put the root's weights together.
-    """
+    Train through model(...): model.hidden(...) alone would not put the root's weights together."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -177,10 +154,9 @@ def add_missing_passes(model: Model, passes: int) -> None:
     """All ranks, before the micro-batches of an optimizer step; passes: how many this rank has, 0 too.
 
     Under FSDP a forward and a backward are collective, so a rank with fewer micro-batches than the others would leave
-    them waiting for ever. It makes up for it here, with passes over one token whose gradient is zero.
-    """
+    them waiting for ever. It makes up for it here, with passes over one token whose gradient is zero."""
     if hasattr(model, "skeleton"):
-        for _ in range(int(max_over_ranks(passes)) - passes):
+        for _ in range(int(max_over_ranks([passes])) - passes):
             logits = model(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))  # (1, 1, V)
             (logits * 0).sum().backward()
 
@@ -191,8 +167,7 @@ def whole_weights(model: Model):
     and scoring, where ranks make different numbers of forward passes.
 
     A model that is not sharded comes back as it is. A sharded one is copied: `dtype` of shard(), so 2 bytes a parameter
-    in bf16, until the block ends, and without FSDP's hooks around every block of every decoding step.
-    """
+    in bf16, until the block ends, and without FSDP's hooks around every block of every decoding step."""
     if not hasattr(model, "skeleton"):
         yield model
         return
@@ -209,14 +184,10 @@ def whole_weights(model: Model):
         whole.to("meta")  # the caller's name for it outlives the block; the memory must not
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints of either
-
-
 def full_state(tree):
     """All ranks: a state dict (of a model or an optimizer) with every sharded tensor whole, on the CPU of rank 0.
 
-    The other ranks get None in their place. What is not sharded stays as it is.
-    """
+    The other ranks get None in their place. What is not sharded stays as it is."""
     if is_split(tree):
         whole = tree.detach().full_tensor()
         return whole.cpu() if rank() == 0 else None
@@ -230,8 +201,7 @@ def full_state(tree):
 def load_optimizer(optimizer, state: dict) -> None:
     """optimizer.load_state_dict for what full_state made of any optimizer, sharded or not, on any number of ranks.
 
-    Each rank reads the whole state and keeps its part; they need not meet.
-    """
+    Each rank reads the whole state and keeps its part; they need not meet."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def part(value, parameter):

@@ -22,8 +22,7 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
 
     presets adds --preset NAME: a named set of values, which flags override. --resume RUN takes all values from that
     run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2 on unknown flags and
-    wrong types, the dataclass's own __post_init__ raises ValueError on bad values.
-    """
+    wrong types, the dataclass's own __post_init__ raises ValueError on bad values."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only flags given

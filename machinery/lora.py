@@ -32,11 +32,8 @@ class LoraLinear(Linear):
 
 
 def add_lora(model: Model, rank: int, alpha: float, seed: int) -> None:
-    """Freezes the model and puts an adapter on every matrix of its blocks: W + alpha / rank * B A, with A (rank, in)
-    and B (out, rank). A is random and B zero, so that training starts from the frozen model.
-
-    A matrix of 2,048 x 11,008 trains 13,056 numbers per unit of rank, instead of 22.5 million.
-    """
+    """Freezes the model and puts an adapter on every matrix of its blocks. A is random and B zero, so that training starts
+    from the frozen model. A matrix of 2,048 x 11,008 trains 13,056 numbers per unit of rank, instead of 22.5 million."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.model["layers"]:
@@ -56,8 +53,7 @@ def merged(model: Model):
 
     Rounding makes "add, then subtract" inexact, so the frozen weights are put back from a copy in host memory. In bf16
     the sum itself is rounded, and what is less than half a step of W is lost: sampler and trainer differ by that, and
-    logprob_gap says how much. A model without adapters is left as it is.
-    """
+    logprob_gap says how much. A model without adapters is left as it is."""
     layers = lora_layers(model)
     with torch.no_grad():
         for module in layers:

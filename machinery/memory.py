@@ -83,8 +83,7 @@ REMEDIES = ({"dtype": "bfloat16"}, {"activation_checkpointing": True}, {"micro_b
 def check_fits(config, *, model="", world_size: int = 1) -> None:
     """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large.
 
-    model: the directory that is read, where it is not config.model.
-    """
+    model: the directory that is read, where it is not config.model."""
     hf_config, limit = read_hf_config(find_directory(model or config.model)), available(config.device)
     parts = estimate(hf_config, config, world_size=world_size)
     if parts["peak"] <= limit:

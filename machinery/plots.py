@@ -1,8 +1,8 @@
 """Every picture: the curve of one run, several runs side by side, and seeds of one setting as one line with a band.
 
-    python -m machinery.plots runs/zero                                              # runs/zero/curve.png, as training does
+    python -m machinery.plots runs/zero                                              # runs/zero/curve.png, as training
     python -m machinery.plots runs/zero runs/zero-seed1 runs/zero-seed2 --out docs/zero.png  # a line a run
-    python -m machinery.plots "runs/zero*" "runs/dr-grpo*" --mean --out compare.png  # a line a quoted pattern: mean and range
+    python -m machinery.plots "runs/zero*" "runs/dr-grpo*" --mean --out compare.png  # a line a pattern: mean and range
 """
 
 import argparse
@@ -86,8 +86,7 @@ def plot_run(run) -> Path:
 def plot_growth(growth: dict, out, title: str) -> Path:
     """Two panels of completion tokens per second: against sequences at a time, and against the completions' length.
 
-    growth is {"batch" and "length": {sampler: {x: speeds}}}, as benchmark/speed.py measures it. Medians and ranges.
-    """
+    growth is {"batch" and "length": {sampler: {x: speeds}}}, as benchmark/speed.py measures it. Medians and ranges."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
     for axis, key, label in zip(axes, ("batch", "length"), ("sequences at a time", "tokens per completion")):
         for sampler, points in growth[key].items():
@@ -112,8 +111,7 @@ def plot_growth(growth: dict, out, title: str) -> Path:
 def plot_ladder(table: dict, out) -> Path:
     """R1, stage by stage: a bar a checkpoint, the mean over seeds; dots are the seeds, whiskers pass@1's 95% interval.
 
-    table is what r1.py collects: {"rows": {name: {"label", "pass@1", ..., "seeds": {column: values}}}}.
-    """
+    table is what r1.py collects: {"rows": {name: {"label", "pass@1", ..., "seeds": {column: values}}}}."""
     panels = (("pass@1", "pass@1"), ("language", "words in English"),
               ("needless_thinking", "greetings thought over"), ("arithmetic", "direct arithmetic right"),
               ("completion_tokens", "tokens a completion"))

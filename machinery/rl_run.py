@@ -7,7 +7,7 @@ config is train_countdown.Config.
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from machinery import distributed
 from machinery.checkpoints import DTYPES, load
-from machinery.flags import StopRequest, bad_input_exits, fail
+from machinery.flags import StopRequest, fail
 from machinery.lora import add_lora, merged
 from machinery.memory import check_fits
 from machinery.optimizer import MasterAdamW
@@ -32,21 +32,18 @@ class Run:
     device: str
     own_groups: range        # of a step's problems those that this process takes; alone: all
     first_rank: bool         # the process that prints, logs and saves; alone: always
-    saved: dict | None       # trainer state of the checkpoint that a resumed run goes on from
-    optimizer: MasterAdamW | None = None
+    optimizer: MasterAdamW
     ref_policy: Model | None = None  # the KL's reference; None with LoRA: the frozen model is it
     step: int = 0            # optimizer steps that are done
-    started: float = 0.0     # time.time() of the beginning, moved back by what earlier attempts took
+    started: float = field(default_factory=time.time)  # moved back by what earlier attempts took
     stop: StopRequest | None = None
     bar: tqdm | None = None
     evaluation_seconds: float = 0.0  # of the last one
 
 
 def open_run(config) -> Run:
-    """Device, weights and tokenizer, of the model or of the checkpoint to resume; nothing is written yet.
-
-    Raises ValueError or FileNotFoundError for whatever is wrong with them.
-    """
+    """Device, policy, tokenizer and optimizer, of the model or of the checkpoint to resume; a new run's folder is not
+    made yet. Raises ValueError or FileNotFoundError for whatever is wrong with them."""
     device = distributed.start(config.device)  # under torchrun: this process's GPU
     if config.fsdp and config.dtype == "bfloat16" and not distributed.started():
         raise ValueError("got --fsdp without torchrun, expected torchrun --nproc-per-node N train_countdown.py ...; "
@@ -60,34 +57,26 @@ def open_run(config) -> Run:
         policy, tokenizer, saved = load_checkpoint(config.resume, dtype=dtype, device=device)
     if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
         policy, tokenizer = load(config.model, dtype=dtype, device=device)
-    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own_groups, distributed.rank() == 0, saved)
+    policy.activation_checkpointing = config.activation_checkpointing
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
+    if config.fsdp:
+        distributed.shard(policy, dtype=DTYPES[config.dtype])
+    optimizer = MasterAdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+                            weight_decay=config.weight_decay, offload=config.offload_optimizer)
+    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own_groups, distributed.rank() == 0,
+              optimizer)
     if config.kl_coef and not config.lora_rank:
         run.ref_policy = load(config.model, dtype=DTYPES[config.dtype], device=device)[0]
+    if saved:
+        run.step, run.started = saved["step"], run.started - 60 * saved["minutes"]
+        policy.load_state_dict(saved["adapters"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        if run.ref_policy and saved["ref_model"]:
+            run.ref_policy.load_state_dict(saved["ref_model"])
+        for name in ("metrics.jsonl", "rollouts.jsonl") if run.first_rank else ():
+            rewind_log(run.folder / name, run.step)
     return run
-
-
-def prepare(run: Run, config) -> None:
-    """What is trained, and where a resumed run stopped."""
-    run.policy.activation_checkpointing = config.activation_checkpointing
-    if config.lora_rank:
-        add_lora(run.policy, config.lora_rank, config.lora_alpha, config.seed)
-    if config.fsdp:
-        distributed.shard(run.policy, dtype=DTYPES[config.dtype])
-    run.optimizer = MasterAdamW(run.policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
-                                weight_decay=config.weight_decay, offload=config.offload_optimizer)
-    run.started = time.time()
-    if run.saved:
-        run.step, run.started = run.saved["step"], run.started - 60 * run.saved["minutes"]
-        run.policy.load_state_dict(run.saved["adapters"], strict=False)
-        run.optimizer.load_state_dict(run.saved["optimizer"])
-        if run.ref_policy and run.saved["ref_model"]:
-            run.ref_policy.load_state_dict(run.saved["ref_model"])
-        if run.first_rank:
-            with bad_input_exits():
-                for name in ("metrics.jsonl", "rollouts.jsonl"):
-                    rewind_log(run.folder / name, run.step)
-        run.saved = None  # all of it is in place
-    run.stop = StopRequest()
 
 
 @contextmanager

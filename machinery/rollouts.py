@@ -42,7 +42,8 @@ class Rollout:
                 "logprobs": [round(logprob, 6) for logprob in self.completion.logprobs]}
 
 
-def collect(prompts, texts, completions, parts, verdicts, rewards, advantages, trained, first_group: int) -> list[Rollout]:
+def collect(prompts, texts, completions, parts, verdicts, rewards, advantages, trained,
+            first_group: int) -> list[Rollout]:
     """Lists of B, rewards (P, G), advantages (B,) or (B, T), indices of those trained on -> B rollouts."""
     size, trained = rewards.shape[1], set(trained)
     means, stds = rewards.mean(dim=1).tolist(), rewards.std(dim=1, correction=0).tolist()
@@ -50,9 +51,6 @@ def collect(prompts, texts, completions, parts, verdicts, rewards, advantages, t
                     means[i // size], stds[i // size],
                     advantage[:len(completions[i].token_ids)] if isinstance(advantage, list) else advantage, i in trained)
             for i, advantage in enumerate(advantages.tolist())]
-
-
-# --------------------------------------------------------------------------------------------------------------- showing
 
 
 def read_step(run: str, step: int | None) -> list[dict]:
@@ -94,8 +92,9 @@ def describe_completions(group: list[dict]) -> str:
     lines = [*wrapped(group[0]["prompt"].strip())]
     for row in sorted(group, key=lambda row: -row["reward"]):
         parts = {name: value for name, value in row.items() if name in ("accuracy", "format", "language", "preference")}
-        words = ", ".join(f"{name} {value:.2f}" for name, value in {"reward": row["reward"], **parts}.items())
-        lines += ["", *wrapped(f"--- {words}, advantage {overall(row['advantage']):+.2f}: {row['verdict']}")]
+        words = ", ".join(f"{name} {value:.2g}" for name, value in parts.items())
+        lines += ["", *textwrap.wrap(f"--- reward {row['reward']:.2f} ({words}), advantage "
+                                     f"{overall(row['advantage']):+.2f}: {row['verdict']}", WIDTH)]
         for line in row["completion"].splitlines():
             lines += wrapped(line)
     return "\n".join(lines)

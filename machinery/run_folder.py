@@ -19,8 +19,7 @@ from machinery.distributed import any_rank, barrier, full_state, rank
 def create_run(out: str, config) -> Path:
     """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten.
 
-    All ranks: each looks, and after that the first one makes it.
-    """
+    All ranks: each looks, and after that the first one makes it."""
     run = Path(out)
     if any_rank(run.exists() and any(run.iterdir())):
         raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
@@ -72,8 +71,7 @@ def rewind_log(path: Path, step: int) -> None:
     """Drops the rows that a killed run wrote past its checkpoint at this step; the resumed run writes them again.
 
     Rows stand in the order of their steps, "step" first. Half a line past the checkpoint is what a kill leaves. Raises
-    ValueError with the line number where a line before it is broken.
-    """
+    ValueError with the line number where a line before it is broken."""
     if not path.exists():
         return
     kept, last = [], -1
@@ -95,14 +93,10 @@ def rewind_log(path: Path, step: int) -> None:
     write_whole(path, "".join(kept))
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def save_checkpoint(run: Path, model, tokenizer, trainer_state: dict) -> None:
     """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole.
 
-    All ranks: under FSDP each has a part of every tensor; the first one writes.
-    """
+    All ranks: under FSDP each has a part of every tensor; the first one writes."""
     state, trainer_state = full_state(model.state_dict()), full_state(trainer_state)
     if rank() == 0:
         staging = run / "checkpoint.new"

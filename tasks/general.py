@@ -1,8 +1,8 @@
 """General prompts: greetings, small talk and direct arithmetic, which want a reply and no search. Their good replies,
 their bad ones, and the three files that the later stages of R1 read.
 
-    python -m tasks.general questions --n 400 --out data/questions.jsonl  # prompts and their good replies: RL on all prompts
-    python -m tasks.general replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" non-CoT part of SFT
+    python -m tasks.general questions --n 400 --out data/questions.jsonl  # prompts, good replies: RL on all prompts
+    python -m tasks.general replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" of SFT
     python -m tasks.general pairs --n 6000 --out data/pairs.jsonl         # prompt, chosen, rejected: for preference.py
 
 DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200k others, among them simple queries such
@@ -100,8 +100,7 @@ def reward_completions(problems: list, prompts: list[str], texts: list[str], jud
 
     problems holds a Puzzle or a question's row for each completion. A puzzle is rewarded by rules (rewards.reward, which
     takes the weights); a general prompt with judge(prompts, texts), the reward model's scores. Beside that stands, only
-    to be watched, whether the reply is good by the rule and whether it thinks.
-    """
+    to be watched, whether the reply is good by the rule and whether it thinks."""
     general = [i for i, problem in enumerate(problems) if not isinstance(problem, Puzzle)]
     scores = dict(zip(general, judge([prompts[i] for i in general], [texts[i] for i in general]))) if general else {}
     parts = []
@@ -147,8 +146,7 @@ def read_questions(path: str) -> list[dict]:
 def write_rows(what: str, n: int, seed: int, style: str = "tiny", tokenizer=None) -> list[dict]:
     """questions: prompts with their good replies. replies: a good one each. pairs: a good reply and a flawed one.
 
-    A row's prompt is what the model reads, chat template included.
-    """
+    A row's prompt is what the model reads, chat template included."""
     rng = random.Random(f"{what}, {seed}")
     questions = [draw_question(rng) for _ in range(n)]
     if what == "questions":

@@ -24,8 +24,6 @@ LAPTOP = [Puzzle(numbers, target) for numbers in combinations_with_replacement(r
 
 
 # ---------------------------------------------------------------------------------------------------------------- solving
-
-
 @lru_cache(maxsize=None)
 def by_brute_force(numbers: tuple) -> frozenset:
     """Every value, by trying: replace two of the numbers, in either order, by the result of an operation, until one is left."""
@@ -88,8 +86,6 @@ def test_solver_refuses_more_numbers_than_it_can_search():
 
 
 # ---------------------------------------------------------------------------------------------------------------- puzzles
-
-
 def test_reordering_the_numbers_never_changes_sides():
     for puzzle in LAPTOP[::50]:
         assert len({is_held_out(Puzzle(order, puzzle.target)) for order in permutations(puzzle.numbers)}) == 1
@@ -150,7 +146,6 @@ def test_sample_puzzles_raise_when_the_level_holds_fewer(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
-
 PUZZLE = Puzzle((3, 4, 5), 27)
 
 
@@ -196,7 +191,6 @@ def test_no_prompt_gives_the_answer_away():
 
 
 # ---------------------------------------------------------------------------------------------------------------- the corpus
-
 ATTEMPT = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)(?: (?:wait|halt),(\d+))?\?(\d+) (yes|ja|no|nein)")
 
 
@@ -407,8 +401,6 @@ def test_small_talk_is_mostly_friendly_and_now_and_then_needlessly_thought_over(
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tokenizer
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return corpus.build_tokenizer()
@@ -448,8 +440,6 @@ def test_end_padding_and_unknown_are_three_tokens(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------- command lines
-
-
 def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 

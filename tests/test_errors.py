@@ -74,8 +74,6 @@ def content(directory) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-
-
 @pytest.mark.parametrize("script", (train_countdown, sft, evaluate), ids=lambda script: script.__name__)
 def test_unknown_flags_abbreviations_and_wrong_types_are_refused(script, refused):
     refused(script, "--learning-rat", "1", says=("unrecognized arguments: --learning-rat",))
@@ -144,8 +142,6 @@ def test_a_true_command_line_ends_without_a_traceback():
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
-
-
 def edit(name, **changes):
     def spoil(directory):
         old = json.loads((directory / name).read_text()) | changes
@@ -199,8 +195,6 @@ def test_bad_data_is_refused_with_its_line(lines, says, base, refused, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- nothing is overwritten
-
-
 @pytest.mark.parametrize("script", (train_countdown, sft), ids=lambda script: script.__name__)
 def test_a_folder_that_holds_a_run_is_left_alone(script, base, finished, refused, tmp_path):
     data = tmp_path / "data.jsonl"
@@ -223,8 +217,6 @@ def test_an_evaluation_never_overwrites_its_table_and_never_loses_it(base, refus
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
-
-
 def shorten(name, share):
     def spoil(run):
         whole = (run / name).read_bytes()
@@ -275,8 +267,6 @@ def test_a_resumed_run_needs_its_first_model_for_the_kl(monkeypatch, base, refus
 
 
 # ------------------------------------------------------------------------------------------------------------------ NaN
-
-
 def is_finite(run) -> bool:
     return all(torch.isfinite(tensor).all() for tensor in load_file(run / "checkpoint" / "model.safetensors").values())
 
@@ -333,8 +323,6 @@ def test_broken_weights_end_supervised_training_too(monkeypatch, base, refused, 
 
 
 # --------------------------------------------------------------------------------------------------------------- Ctrl-C
-
-
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
     """A true process and a true signal: exit code 130, the step in progress is finished and saved, and the resumed run
     goes on there."""

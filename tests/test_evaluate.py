@@ -48,8 +48,6 @@ def answer(expression: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- estimators
-
-
 @pytest.mark.parametrize("p, n, low, high", (
     (0.5, 100, 0.40383, 0.59617),   # (0.5 + 0.019208 -+ 1.96 sqrt(0.0025 + 0.00009604)) / 1.038416
     (0.0, 10, 0.0, 0.27754),        # z^2 / (n + z^2) = 3.8416 / 13.8416
@@ -85,8 +83,6 @@ def test_pass_at_k_equals_the_share_of_all_draws(n):
 
 
 # -------------------------------------------------------------------------------------------------------- majority vote
-
-
 @pytest.mark.parametrize("expressions, winner", (
     (["(4+5)*3", "4*5+3", "3*(5+4)"], "(4+5)*3"),          # 27, 23, 27: different expressions of one value agree
     (["4*5+3", "3*4+5", "5+4*3"], "3*4+5"),                # 23, 17, 17: the vote may be wrong, 27 or not
@@ -120,8 +116,6 @@ def test_the_vote_never_sees_the_target():
 
 
 # ---------------------------------------------------------------------------------------------------------------- looks
-
-
 def test_describe_takes_means_over_completions():
     """Of two completions one is well formed, one cut off after 9 tokens with two failed lines, two "wait" and a German
     word."""
@@ -133,8 +127,6 @@ def test_describe_takes_means_over_completions():
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
-
-
 def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
     """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are held out, different, and asked in one call."""
     puzzles = sample_puzzles(7, held_out=True, seed=5)
@@ -152,8 +144,7 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     """4 samples of each of 3 puzzles. Right: all of the first, one of the second (two that agree outvote it), none
     else.
 
-    pass@1 = (1 + 1/4 + 0) / 3, pass@4 = 2/3, maj@4 = 1/3.
-    """
+    pass@1 = (1 + 1/4 + 0) / 3, pass@4 = 2/3, maj@4 = 1/3."""
     puzzles = sample_puzzles(3, held_out=True, seed=0)
 
     def write(prompt, i):

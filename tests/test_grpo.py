@@ -19,8 +19,6 @@ def logs(*rows, grad=False):
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
-
-
 @pytest.mark.parametrize("rewards, expected", (
     ([1, 0, 0, 1], [1, -1, -1, 1]),                          # mean 1/2, deviation 1/2
     ([1, 0, 0, 0], [3 ** 0.5, *[-(3 ** -0.5)] * 3]),         # mean 1/4, deviation sqrt(3)/4
@@ -99,14 +97,11 @@ def test_advantages_leave_the_rewards_alone_and_want_a_row_per_prompt():
 
 
 # ----------------------------------------------------------------------------------------------------- the clipped loss
-
-
 def test_loss_of_two_completions_by_hand():
     """-(1/N) sum min(ratio A, clip(ratio) A), N = 5 tokens.
 
     A = +2, old 0.5: new 0.55, 0.5, 0.4 -> ratios 1.1, 1.0, 0.8         2 * (1.1 + 1.0 + 0.8) = 5.8
-    A = -1, old 0.2: new 0.3, 0.2       -> ratios 1.5, 1.0; the third token is padding   -1 * (1.5 + 1.0) = -2.5
-    """
+    A = -1, old 0.2: new 0.3, 0.2       -> ratios 1.5, 1.0; the third token is padding   -1 * (1.5 + 1.0) = -2.5"""
     new, old = logs([0.55, 0.5, 0.4], [0.3, 0.2, 0.9]), logs([0.5] * 3, [0.2] * 3)
     loss, stats = grpo_loss(new, old, torch.tensor([2.0, -1.0]), tensor([1, 1, 1], [1, 1, 0]), divisor=5)
     assert loss.item() == pytest.approx(-(5.8 - 2.5) / 5)
@@ -156,8 +151,6 @@ def test_the_first_on_policy_step_is_reinforce():
 
 
 # ------------------------------------------------------------------------------------------------------------------- KL
-
-
 def test_k3_has_the_reference_over_the_policy():
     """k3 = q/p - log(q/p) - 1, q the reference's and p the policy's probability of the token that the policy sampled.
 
@@ -232,8 +225,6 @@ def test_averages_equal_their_papers_double_loops(average, divisor):
 
 
 # ----------------------------------------------------------------------------------------------- micro-batches, padding
-
-
 def random_step(rows: int, width: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     old = -3 * torch.rand(rows, width, generator=generator, dtype=torch.float64)

@@ -57,8 +57,6 @@ def logits_of(model):
 
 
 # ---------------------------------------------------------------------------------------------------------- the decoder
-
-
 @pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_those_of_transformers_with_and_without_cache(name, tied, tmp_path):
@@ -129,8 +127,6 @@ def test_init_weights_follows_its_seed():
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
-
-
 def filled_cache(rows: int):
     """Row b, column s holds 10 * b + s everywhere, in columns 2 to 7."""
     cache = KVCache(Model(Qwen3Config(**SMALL, head_dim=8, rope_parameters=ROPE)).config, rows, columns=9)
@@ -159,8 +155,6 @@ def test_shift_left_moves_the_columns_in_use_and_the_cursor():
 
 
 # ---------------------------------------------------------------------------------------------------------- directories
-
-
 @pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
 @pytest.mark.parametrize("name", ("qwen2", "qwen3", "llama3"))
 def test_transformers_loads_what_save_writes(name, tied, tmp_path):
@@ -213,8 +207,6 @@ def test_a_completion_ends_at_the_eos_of_tokenizer_and_config(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-
-
 def edit(name: str, **changes):
     """A spoiler that sets keys of a JSON file; None removes the key."""
     def spoil(directory):
@@ -288,8 +280,6 @@ def test_a_path_that_is_no_directory_never_goes_to_the_hub(name):
 
 
 # --------------------------------------------------------------------------------------------------- never half a model
-
-
 def copy_of(whole, directory):
     shutil.copytree(whole, directory)
     return {path.name: path.read_bytes() for path in directory.iterdir()}

@@ -25,8 +25,6 @@ V = 5000    # tokens: more than inverse_cdf puts into one block
 
 
 # ----------------------------------------------------------------------------------------------------------------- bf16
-
-
 def reference(name: str, directory):
     """test_model.reference with room for 300 positions, written and read in bf16. (model.bfloat16() would round its
     rotary frequencies too; from_pretrained does not.)"""
@@ -130,8 +128,6 @@ def test_activation_checkpointing_changes_no_gradient(name):
 
 
 # --------------------------------------------------------------------------------------------------- large vocabularies
-
-
 @pytest.fixture(scope="module")
 def wide_model():
     """A vocabulary of 5,000, weights large enough that the most likely token has a few percent."""
@@ -210,8 +206,6 @@ def test_a_rare_token_between_big_ones_is_found(where):
 
 
 # ---------------------------------------------------------------------------------------------------------- CUDA graphs
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and PyTorch sees none")
 def test_captured_steps_give_the_same_tokens_on_a_gpu(wide_model, capsys):
     """A replayed graph against the plain path, both on the GPU. fp32: the same tokens, log-probs within 1e-4. bf16: the
@@ -239,8 +233,6 @@ def test_captured_steps_give_the_same_tokens_on_a_gpu(wide_model, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- presets and flags
-
-
 def parsed(*flags):
     return parse_config(train_countdown.Config, "", list(flags), presets=PRESETS,
                         changeable=train_countdown.CHANGEABLE)
@@ -318,8 +310,6 @@ def test_other_memory_settings_continue_the_same_run(monkeypatch, base, tmp_path
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory
-
-
 @pytest.mark.parametrize("error, amount", (
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.6 GiB"),
      " (Tried to allocate 2.50 GiB)"),

@@ -228,8 +228,6 @@ def test_what_other_flags_or_weights_sampled_is_not_used(monkeypatch, tmp_path, 
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize("text, filter_", (
     (lambda *puzzle: "no", "correct"),
     (lambda numbers, target, i: f"<answer>{solve(numbers, target)}</answer>", "well_formatted"),

@@ -26,8 +26,6 @@ def table(*rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the verifier
-
-
 @pytest.mark.parametrize("expression, numbers, target", table(
     ("(4+5)*3", (3, 4, 5), 27, "9*3"),
     ("(4+5)*3", [5, 4, 3], 27, "the order in the puzzle does not matter"),
@@ -154,7 +152,6 @@ def test_verify_accepts_whatever_the_solver_finds(level):
 
 
 # ---------------------------------------------------------------------------------------------------------------- accuracy
-
 COMPLETIONS = table(  # completion, the answer in it, its accuracy for 3 4 5 -> 27, why
     (WELL_FORMED, "(4+5)*3", 1.0, "thinks, then answers"),
     (f"4+5=9, 9*3=27\n{RIGHT}", "(4+5)*3", 1.0, "no think tags: that is for the format reward to mind"),
@@ -203,8 +200,6 @@ def test_accuracy_pays_the_one_final_answer(completion, answer, accuracy):
 
 
 # ---------------------------------------------------------------------------------------------------------------- format
-
-
 @pytest.mark.parametrize("completion, score", table(
     (WELL_FORMED, 1.0, "<think>, text, </think>, newline, <answer>, text, </answer>"),
     ("<think>x</think>\n<answer>y</answer>", 1.0, "right or wrong does not matter"),
@@ -256,8 +251,6 @@ def test_needless_thinking_is_any_tag(completion, needless):
 
 
 # ---------------------------------------------------------------------------------------------------------------- language
-
-
 @pytest.mark.parametrize("completion, english, german, mixed", table(
     ("<think>5-4=1?27 no, wrong,\n9*3=27?27 yes</think>\n<answer>9*3</answer>", 1.0, 0.0, False, "no wrong yes"),
     ("<think>5-4=1?27 nein, falsch,\n9*3=27?27 ja</think>\n<answer>9*3</answer>", 0.0, 1.0, False, "nein falsch ja"),
@@ -318,8 +311,6 @@ def test_language_without_a_word_list_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------- what the CoT does
-
-
 @pytest.mark.parametrize("completion, counts", table(
     (WELL_FORMED, {}, "none"),
     ("<think>9?27 no, wrong,\n3+4=8 wait,7?27 no, Wait! retry</think>", {"wrong": 1, "wait": 2, "retry": 1}, "counted, any case"),
@@ -383,8 +374,6 @@ def test_verifications_are_results_compared_with_a_goal(text, verifications):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the sum
-
-
 @pytest.mark.parametrize("completion, accuracy, format_, language, total", table(
     (WELL_FORMED, 1.0, 1.0, 1.0, 1.6, "1 + 0.1*1 + 0.5*1"),
     (f"<think>9?27 no, nein, nein, nein,</think>\n{RIGHT}", 1.0, 1.0, 0.25, 1.225, "1 + 0.1*1 + 0.5*0.25"),
@@ -408,8 +397,6 @@ def test_reward_measures_the_language_it_is_told():
 
 
 # ------------------------------------------------------------------------------------------------------------- any string at all
-
-
 @pytest.mark.parametrize("text", table(
     ("", "nothing"),
     ("\0\x1b\x7f", "control characters"),

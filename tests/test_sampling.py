@@ -46,8 +46,6 @@ def assert_same(completions, expected):
 
 
 # ------------------------------------------------------------------------------------------------------ the same tokens
-
-
 @pytest.mark.parametrize("static", (False, True), ids=("plain", "static"))
 @pytest.mark.parametrize("slots", (1, 3, 12, 256))
 @pytest.mark.parametrize("eos_ids", ({3}, {3, 4, 5, 6}, set(range(10))), ids=("long", "short", "most stop at once"))
@@ -131,8 +129,6 @@ def test_logprobs_are_those_that_the_trainer_computes(model, temperature, top_p)
 
 
 # -------------------------------------------------------------------------------------------------------- where it ends
-
-
 def test_eos_is_part_of_the_completion_and_a_cut_one_is_marked(model):
     """Either EOS stands at the end and nowhere else, or there are max_new_tokens tokens, none of them EOS, and
     truncated says so."""
@@ -164,8 +160,6 @@ def test_an_empty_prompt_and_a_long_one_are_refused_with_the_limit(model):
 
 
 # -------------------------------------------------------------------------------------------------------- what it costs
-
-
 def test_the_prompt_of_a_group_is_read_once(model, monkeypatch):
     """3 prompts, 8 completions each, 4 slots: three rows of prompt tokens in all, however the group is spread over
     time."""
@@ -198,8 +192,6 @@ def test_a_step_costs_the_rows_and_columns_in_use(model, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
-
-
 def choose(probabilities, *uniforms, temperature=1.0, top_p=1.0):
     """-> tokens, log-probs, one for each of the uniform numbers."""
     logits = torch.tensor([probabilities] * len(uniforms)).log()
@@ -256,8 +248,6 @@ def test_a_rare_token_is_not_lost_to_rounding():
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-
-
 def test_complete_returns_text_as_rewards_read_it(model, monkeypatch):
     """No EOS in the text, <think> put back where the prompt ends in it, and the ids are the sampler's own, never
     tokenised again."""

@@ -141,8 +141,6 @@ def no_network(rank: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- starting
-
-
 @pytest.fixture(scope="module", autouse=True)
 def server():
     """Imports this file, and what load() imports late, once."""
@@ -184,8 +182,7 @@ def start(server, tmp_path_factory):
 def torchrun_environments(world: int) -> list[dict[str, str]]:
     """Of each process; torchrun's documentation lists them under "Environment Variables".
 
-    Those on this machine are said to be as many as its cores: a thread each, as threads wait long on busy cores.
-    """
+    Those on this machine are said to be as many as its cores: a thread each, as threads wait long on busy cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -239,8 +236,6 @@ def weights(run: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-
-
 @pytest.mark.parametrize("name", ["two", "two, fsdp", "one, fsdp"])
 def test_processes_together_draw_and_reward_what_one_does(runs, name):
     """Puzzles, completions and rewards of step 1, in order of ranks: the same, to the last bit."""
@@ -275,8 +270,6 @@ def test_only_rank_0_prints(runs):
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
-
-
 @pytest.mark.parametrize("saved, world", [("one", 2), ("two", 0), ("two", 3), ("one, fsdp", 2), ("two, fsdp", 1),
                                           ("two, fsdp", 0), ("two, fsdp", 3)])
 def test_a_run_resumes_on_another_number_of_processes(start, runs, tmp_path, saved, world):
@@ -288,8 +281,6 @@ def test_a_run_resumes_on_another_number_of_processes(start, runs, tmp_path, sav
 
 
 # ----------------------------------------------------------------------------------------------------------- accidents
-
-
 def test_when_a_process_dies_torchrun_ends_the_others_and_the_run_can_go_on(base, start, runs, tmp_path):
     """Rank 1 raises in step 2, rank 0 waits for it in the gather. The checkpoint is that of step 1."""
     flags = (*FLAGS, "--save-every", 1)
@@ -346,8 +337,6 @@ def test_when_one_process_gives_up_the_other_does_not_wait_for_it(base, start, r
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize("flags, says", [
     (("--batch-size", 4), "got 1 prompts a step for 2 processes, expected at least one each; raise --batch-size"),
     (("--fsdp", "--lora-rank", 4), "got lora_rank 4, expected at least 0, and without --fsdp"),

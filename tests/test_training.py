@@ -97,8 +97,6 @@ def interrupt(monkeypatch, script, run, rows: int, how: str):
 
 
 # ---------------------------------------------------------------------------------------------------------- RL: the run
-
-
 def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, capsys):
     """config.json, metrics.jsonl with a row per step, rollouts.jsonl, curve.png, a checkpoint for AutoModelForCausalLM;
     a last line with pass@1 before and after."""
@@ -171,8 +169,6 @@ def test_the_reference_is_replaced_every_n_steps(monkeypatch, base, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- RL: the update
-
-
 def gradients(monkeypatch, script):
     """Collects the gradients of every optimizer step, before they are clipped."""
     collected, clip = [], script.clip_gradients
@@ -234,8 +230,6 @@ def test_truncated_completions_are_counted_and_can_be_left_out(monkeypatch, base
 
 
 # ----------------------------------------------------------------------------------------------------------- RL: resume
-
-
 @pytest.mark.parametrize("how", ("stopped", "killed"))
 @pytest.mark.parametrize("flags", (
     {}, {"inner_epochs": 2, "kl_coef": 0.01, "ref_every": 1}, {"kl_coef": 0.01, "ref_every": 0},
@@ -274,8 +268,6 @@ def test_a_run_killed_while_its_checkpoint_was_replaced_still_resumes(monkeypatc
 
 
 # -------------------------------------------------------------------------------------------------- supervised training
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "corpus.jsonl"

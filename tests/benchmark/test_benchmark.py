@@ -24,8 +24,6 @@ CONFIG = Config(out="none.json", repeats=2)
 
 
 # ------------------------------------------------------------------------------------------------------------- formulas
-
-
 def test_matrix_parameters_are_those_of_qwen_0_5b():
     """494,032,768 parameters by its model card; 71,552 of them are norms and biases of q, k and v."""
     hf_config = Qwen2Config(**benchmark.QWEN["qwen0.5b"], num_key_value_heads=2, vocab_size=151936,
@@ -58,8 +56,6 @@ def test_head_is_not_needed_for_prompts():
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
-
-
 class HandMade:
     """Stands in for transformers' model: generate returns its inputs and, behind them, these completions."""
 
@@ -137,8 +133,6 @@ def test_without_psutil_the_row_says_what_to_install(models, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing
-
-
 def test_runners_alternate_and_the_first_round_does_not_count():
     calls = []
 
@@ -174,8 +168,6 @@ def test_memory_has_a_column_where_it_was_measured():
 
 
 # ----------------------------------------------------------------------------------------------------- the whole script
-
-
 def run(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
     benchmark.main()

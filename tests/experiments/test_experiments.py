@@ -16,7 +16,7 @@ import torch
 import corpus
 import train_countdown
 from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve
-from evaluate import few_shot_examples, majority_answer, wilson_interval
+from evaluate import answer_value, few_shot_examples, majority_answer, wilson_interval
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
 from sampling import Completion
 
@@ -33,8 +33,6 @@ def tokenizer():
 
 
 # ---------------------------------------------------------------------------------------------- the PRM: labels, steps
-
-
 @pytest.mark.parametrize("header, reaches, why", (
     ("5+4=9,9 3:", True, "9*3"),
     ("5+4=9,3 9:", True, "the order of what is left does not matter"),
@@ -104,8 +102,6 @@ def test_reliability_by_hand():
 
 
 # ------------------------------------------------------------------------------------------- choosing one of N answers
-
-
 def test_votes_and_best_count_valid_answers_only():
     values = [None, Fraction(9), Fraction(27), Fraction(27), None]
     assert scorer.vote(values, [1.0] * 5) == 27 and scorer.vote(values, [9, 3, 1, 1, 9]) == 9
@@ -117,9 +113,9 @@ def test_votes_and_best_count_valid_answers_only():
 def test_the_plain_vote_is_the_evaluator_s():
     texts = [*(f"<answer>{answer}</answer>" for answer in ("3+4+5", "5+4+3", "(4+5)*3", "27")), "nothing"]
     for size in range(1, 6):
-        chosen = scorer.vote([scorer.answer_value(text, PUZZLE) for text in texts[:size]], [1.0] * size)
+        chosen = scorer.vote([answer_value(text, PUZZLE.numbers) for text in texts[:size]], [1.0] * size)
         winner = majority_answer(texts[:size], PUZZLE.numbers)
-        assert chosen == scorer.answer_value(f"<answer>{winner}</answer>", PUZZLE)
+        assert chosen == answer_value(f"<answer>{winner}</answer>", PUZZLE.numbers)
 
 
 def test_a_search_in_one_number():
@@ -142,8 +138,6 @@ def test_rerank_by_hand():
 
 
 # --------------------------------------------------------------------------------------------- rewards of single lines
-
-
 @pytest.fixture
 def two_searches(tokenizer):
     """Of one group: a line that ends in yes, one that ends in no, each with two tokens behind it."""
@@ -186,8 +180,6 @@ def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------------ the tree
-
-
 def test_selection_weighs_value_prior_and_visits():
     """Q + prior * sqrt(N) / (1 + n), N = 4: a has 0.5 + 0.6 * 2 / 3 = 0.9, b has 0.4 + 0.4 * 2 / 2 = 0.8. With twice
     the exploration: 1.3 against 1.2; after one more visit of a without value, 1/3 + 2 * 0.6 * sqrt(5) / 4 = 1.004."""
@@ -285,8 +277,6 @@ def test_held_out_puzzles_of_seeds_are_different_ones():
 
 
 # -------------------------------------------------------------------------------------------------- pages and examples
-
-
 def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
     """What evaluate.py --shots puts before a puzzle is in the form of a page, and eight of them fit the context."""
     examples = few_shot_examples(8, "tiny", "laptop", 0)
@@ -308,8 +298,6 @@ def test_arms_of_the_aha_study_differ_in_one_switch():
 
 
 # ------------------------------------------------------------------------------------------ studies: order and results
-
-
 def test_a_piece_is_computed_once(tmp_path):
     calls = []
     for _ in range(2):

@@ -52,7 +52,7 @@ def backward(model, rows):
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    d.sum_gradients([parameter.grad for parameter in model.parameters()], bucket=50_000)  # several messages
+    d.sum_gradients([parameter.grad for parameter in model.parameters()])
 
 
 def finish(model, optimizer):
@@ -77,8 +77,6 @@ def copied(tree):
 
 
 # ------------------------------------------------------------------------------------------ what each of the two does
-
-
 def two_processes(folder: Path) -> None:
     faulthandler.dump_traceback_later(60, exit=True)  # a deadlock ends here, and shows where
     device = d.start("cpu")
@@ -87,7 +85,7 @@ def two_processes(folder: Path) -> None:
     found["start"] = (device, d.rank(), d.world_size(), torch.get_num_threads())
     found["gather"] = d.gather([(rank, i) for i in range(3 - rank)])
     found["sum"] = d.sum_over_ranks({"a": 0.1 + rank, **({"b": 2.0} if rank else {})})
-    found["max"] = (d.max_over_ranks(-rank), d.max_over_ranks(float("nan") if rank else 5.0))
+    found["max"] = (d.max_over_ranks([-rank]), d.max_over_ranks([float("nan")] if rank else [5.0, 4.0]))
     found["any"] = (d.any_rank(rank == 1), d.any_rank(False))
 
     model = fresh()
@@ -137,8 +135,6 @@ def two_processes(folder: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- the same by one process
-
-
 @pytest.fixture(scope="module")
 def one():
     """Three optimizer steps on all sequences; what each began with, gradients and norm, and the state after it."""
@@ -179,8 +175,6 @@ def difference(after, before):
 
 
 # ----------------------------------------------------------------------------------------------------- numbers, lists
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_cover_all_prompts_once_in_order_and_evenly(monkeypatch, world):
     """Ranks in order, prompts in order: gather() of what the ranks made of their shares is in the order of prompts."""
@@ -241,8 +235,6 @@ def test_one_rank_is_enough_to_stop_all(two):
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
-
-
 def test_two_processes_have_the_gradient_of_one(one, two):
     """Sum over ranks of d/dw (sum over the rank's tokens / all tokens) = d/dw (mean over all tokens)."""
     for found in two:
@@ -281,8 +273,6 @@ def test_the_norm_for_clipping_is_over_all_shards(one, two):
 
 
 # ------------------------------------------------------------------------------------------------------ sharded weights
-
-
 def test_weights_and_moments_are_split_between_the_ranks(one, two):
     """Together they hold every element once, and a loaded moment keeps no more memory than its part needs."""
     assert sum(found["elements"] for found in two) == sum(p.numel() for p in fresh().parameters())
@@ -358,14 +348,12 @@ def test_nothing_whole_is_left_behind(two):
 
 
 # ---------------------------------------------------------------------------------------------------------- one process
-
-
 def test_one_process_needs_no_second_path(monkeypatch):
     """Without torchrun every function leaves things as they are."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert (d.start("cpu"), d.rank(), d.world_size(), d.own_part(3)) == ("cpu", 0, 1, range(3))
     assert d.gather([1, 2]) == [1, 2] and d.sum_over_ranks({"a": 1.5}) == {"a": 1.5}
-    assert d.max_over_ranks(2) == 2 and d.any_rank(True) and not d.any_rank(False)
+    assert d.max_over_ranks([1, 2]) == 2 and d.any_rank(True) and not d.any_rank(False)
     model = fresh()
     d.shard(model, dtype=torch.bfloat16)
     d.add_missing_passes(model, 0)

@@ -54,8 +54,6 @@ def frozen(model):
 
 
 # ---------------------------------------------------------------------------------------------------------- the adapter
-
-
 @DTYPES
 @pytest.mark.parametrize("name", ("qwen2", "qwen3", "llama"))
 def test_a_new_adapter_changes_no_logit(name, dtype):
@@ -129,8 +127,6 @@ def test_the_scale_is_alpha_over_rank():
 
 
 # --------------------------------------------------------------------------------------------------- in, out, and saved
-
-
 @pytest.mark.parametrize("name", ("qwen2", "qwen3", "llama"))
 def test_merged_weights_compute_what_the_adapters_compute(name):
     model = adapted_model(name=name)
@@ -219,8 +215,6 @@ def test_save_inside_merged_writes_a_plain_model(dtype, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- few rows on a CPU
-
-
 @torch.no_grad()
 @DTYPES
 @pytest.mark.parametrize("bias", (False, True), ids=("", "bias"))

@@ -34,8 +34,6 @@ N, ADAPTERS = 5584, 2 * 232
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
-
-
 def eighth(family: str, layers: int):
     """Qwen2.5-1.5B and Qwen3-0.6B, every width divided by 8."""
     settings = dict(vocab_size=64, num_hidden_layers=layers, max_position_embeddings=64, rope_parameters=ROPE)
@@ -85,8 +83,6 @@ def test_with_checkpointing_one_layer_is_whole_and_the_others_are_their_inputs(f
 
 
 # ---------------------------------------------------------------------------------------------------- the rest, by hand
-
-
 def small(**settings):
     defaults = dict(batch_size=8, group_size=4, slots=3, max_new_tokens=24, micro_batch_tokens=64, device="cuda")
     return estimate(SMALL, Config(**{**defaults, **settings}), prompt_tokens=16)
@@ -143,8 +139,6 @@ def test_the_peak_is_the_larger_of_sampling_and_training():
 
 
 # ----------------------------------------------------------------------------------------------------- real checkpoints
-
-
 @pytest.mark.parametrize("hf_config, billions", ((QWEN_1_5B, 1.54), (QWEN_3B, 3.09)), ids=("1.5B", "3B"))
 def test_the_shapes_are_those_of_the_model_cards(hf_config, billions):
     """1.54B and 3.09B parameters, tied embeddings counted once."""
@@ -162,8 +156,6 @@ def test_what_a_card_of_24_gb_trains():
 
 
 # ----------------------------------------------------------------------------------------------------------- what to do
-
-
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """machine(gib): a device with so much memory, and the shapes of Qwen2.5-1.5B without its weights."""
@@ -236,8 +228,6 @@ def test_no_advice_contradicts_the_flags_that_were_given(machine, settings):
 
 
 # -------------------------------------------------------------------------------------------------------- in the script
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The directory of a random model of one layer."""

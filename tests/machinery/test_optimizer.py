@@ -41,8 +41,6 @@ def assert_equal(ours, theirs):
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
-
-
 def test_a_model_in_fp32_is_its_own_master():
     """Then the weights are torch.optim.AdamW's after every step, to the last bit, and no second copy exists."""
     ours, theirs = small_model(), small_model()
@@ -167,8 +165,6 @@ def test_zero_grad_frees_every_gradient(dtype, offload):
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
-
-
 @pytest.mark.parametrize("offload", (False, True), ids=("", "offload"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_training_continues_from_a_state_dict_bit_for_bit(dtype, offload):
@@ -201,8 +197,6 @@ def test_only_masters_that_are_copies_are_saved():
 
 
 # ------------------------------------------------------------------------------------------------------------- clipping
-
-
 def test_clipping_scales_to_the_norm_and_returns_the_one_before():
     """Norm over all gradients together: sqrt(3^2 + 4^2 + 12^2) = 13, so a limit of 6.5 halves them."""
     gradients = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]

@@ -182,8 +182,6 @@ def test_disk_use_counts_all_files(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- the lists of stages
-
-
 def recipe(**settings) -> list[Stage]:
     import r1
     return r1.all_stages(r1.Config(**settings), 0)
