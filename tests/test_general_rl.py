@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_countdown
-from machinery import rl_run
 from machinery.checkpoints import load, save
 from machinery.run_folder import append_jsonl, read_jsonl
 from preference import RewardModel, save_reward_model
@@ -78,7 +77,7 @@ def test_a_resumed_run_with_general_prompts_equals_the_uninterrupted_one(world, 
     monkeypatch.setattr(sys, "argv", flags(world, whole))
     train_countdown.main()
     with monkeypatch.context() as patch:
-        patch.setattr(rl_run, "StopRequest", lambda: type("Stop", (), {
+        patch.setattr(train_countdown, "StopRequest", lambda: type("Stop", (), {
             "requested": property(lambda self: len(rows_of(parts)) == 3), "end": lambda self: None})())
         patch.setattr(sys, "argv", flags(world, parts))
         with pytest.raises(SystemExit):

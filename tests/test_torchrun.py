@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 
 import train_countdown
-from machinery import checkpoints as directories, rl_run, run_folder
+from machinery import checkpoints as directories, run_folder
 from tasks import general
 
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
@@ -92,7 +92,7 @@ def stop_in_step_2(rank: int) -> None:
 
         def end(self) -> None:
             pass
-    rl_run.StopRequest = Stop
+    train_countdown.StopRequest = Stop
 
 
 def in_step_2(action):

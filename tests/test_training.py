@@ -19,7 +19,7 @@ import sft
 import train_countdown
 from conftest import TINY
 from countdown import Puzzle, is_held_out
-from machinery import rl_run, run_folder
+from machinery import run_folder
 from machinery.checkpoints import load
 from sampling import sample
 from tasks import general
@@ -93,7 +93,7 @@ def interrupt(monkeypatch, script, run, rows: int, how: str):
 
         def end(self):
             pass
-    monkeypatch.setattr(rl_run if script is train_countdown else script, "StopRequest", Stop)
+    monkeypatch.setattr(script, "StopRequest", Stop)
 
 
 # ---------------------------------------------------------------------------------------------------------- RL: the run
