@@ -5,7 +5,7 @@
          without thinking--> the "600k + 200k" --SFT of the base--> SFT --RL on all prompts--> R1
          --rejection sampling--> traces --SFT of a small base--> distilled student --RL--> RL after distillation
 
-    python r1.py                          # seed 0, 35 minutes on 2 idle cores: table, pictures, checkpoints
+    python r1.py                          # seed 0, 40 minutes on 2 cores: table, pictures, checkpoints
     python r1.py --seeds 3                # seeds 0, 1 and 2
     python r1.py --list                   # the stages' own commands, to read or to paste one by one
     python r1.py --only rl                # one stage, once what it needs is there
