@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from countdown import Puzzle, make_prompt, sample_puzzle
+from countdown import Puzzle, gold, make_prompt, sample_puzzle
 from rewards import verify
 from tasks.general import SMALL_TALK, write_chat
 
@@ -210,6 +210,16 @@ def write_corpus(config: Config) -> Iterator[dict]:
                              write_search(another, language, rng, writer)))
         yield {"prompt": make_prompt(puzzle, examples=page), "completion": write_search(puzzle, language, rng, writer),
                "kind": "search", "language": language, **puzzle._asdict()}
+
+
+def examples(rng: random.Random, level: str, n: int) -> list[tuple[str, str]]:
+    """n solved train puzzles, (prompt, completion): clean searches in English, for few-shot prompts."""
+    clean, found = Config(tags=1.0, give_up=0.0, wrong_answers=0.0, slips=0.0, luck=0.5), []
+    for _ in range(n):
+        puzzle = sample_puzzle(rng, level, held_out=False)
+        found.append((make_prompt(puzzle), write_search(puzzle, "en", rng, clean) if len(puzzle.numbers) == 3
+                      else gold(puzzle)))
+    return found
 
 
 def build_tokenizer():

@@ -16,9 +16,13 @@ import argparse
 import hashlib
 import json
 import random
+import re
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
+
+from rewards import chain_of_thought, extract_answer, format_reward, parse_expression, verify
 
 
 class Puzzle(NamedTuple):
@@ -37,7 +41,6 @@ LEVELS = {
     "laptop4": Level((4,), 10, (1, 30)),       # one number more: generalisation, no stage trains on it
     "tinyzero": Level((3, 4), 99, (10, 100)),  # TinyZero's own level, for real checkpoints
 }
-STYLES = ("tiny", "base", "chat")  # prompt templates, see make_prompt
 HELD_OUT_PERCENT = 30  # the laptop level has only 2,025 puzzles, and an evaluation wants over 512 of them
 MAX_NUMBERS = 6  # the solver below is exact, so its work grows about twentyfold with each number
 
@@ -112,18 +115,13 @@ def solve(numbers, target: int) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- puzzles
-def check_level_and_style(level: str, style: str) -> None:
-    """Raises ValueError for a level or a prompt style that does not exist; scripts call it before any work is done."""
-    if level not in LEVELS:
-        raise ValueError(f"got level {level!r}, expected one of {', '.join(LEVELS)}")
-    if style not in STYLES:
-        raise ValueError(f"got style {style!r}, expected tiny, base or chat")
+def split_of(key: str) -> str:
+    """train or test: the one split of the project, by a hash of what makes a problem of any task what it is."""
+    return "test" if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT else "train"
 
 
 def is_held_out(puzzle: Puzzle) -> bool:
-    """The one split of the project. A puzzle is its sorted numbers and its target, so reordering cannot leak it."""
-    key = f"{sorted(puzzle.numbers)}->{puzzle.target}"
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+    return split_of(key(puzzle)) == "test"
 
 
 def sample_puzzle(rng: random.Random, level: str = "laptop", held_out: bool | None = None) -> Puzzle:
@@ -138,62 +136,146 @@ def sample_puzzle(rng: random.Random, level: str = "laptop", held_out: bool | No
 
 def sample_puzzles(n: int, *, level: str = "laptop", held_out: bool, seed: int) -> list[Puzzle]:
     """n different solvable puzzles from one side of the split. Raises ValueError where the level holds fewer."""
-    rng, puzzles, repeats = random.Random(seed), {}, 0
-    while len(puzzles) < n:
-        puzzle = sample_puzzle(rng, level, held_out)
-        repeats += puzzles.setdefault((tuple(sorted(puzzle.numbers)), puzzle.target), puzzle) is not puzzle
+    rng, side = random.Random(seed), "held-out" if held_out else "train"
+    return distinct(n, lambda: sample_puzzle(rng, level, held_out), key, f"level {level!r}", f"{side} puzzles")
+
+
+def distinct(n: int, draw, key, where: str, what: str, *, fewer: bool = False) -> list:
+    """n different ones of what draw() returns. Where it returns the same ones again and again: ValueError, or those."""
+    found, repeats = {}, 0
+    while len(found) < n:
+        problem, before = draw(), len(found)
+        found.setdefault(key(problem), problem)
+        repeats += len(found) == before
+        if repeats > 1000 + 20 * n and fewer:
+            break
         if repeats > 1000 + 20 * n:
-            side = "held-out" if held_out else "train"
-            raise ValueError(f"got n={n}, but level {level!r} has only about {len(puzzles)} {side} puzzles; "
-                             "ask for fewer")
-    return list(puzzles.values())
+            raise ValueError(f"got n={n}, but {where} has only about {len(found)} {what}; ask for fewer")
+    return list(found.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
-BASE_PROMPT = """A user asks a question and an assistant answers it. The assistant first reasons inside <think> and \
+STYLES = ("tiny", "base", "chat")  # prompt templates, see fill_template
+BASE_TEMPLATE = """A user asks a question and an assistant answers it. The assistant first reasons inside <think> and \
 </think> tags, then gives its result inside <answer> and </answer> tags.
-User: Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, \
-only + - * / and parentheses. Reason in <think> </think>, then give the expression in <answer> </answer>, for example \
-<answer>(1+2)/3</answer>.
+User: {question}
 Assistant: Let me work through this step by step.
 <think>"""
 
-CHAT_PROMPT = """Using the numbers {numbers}, write an expression that equals {target}. Use each number exactly once, \
-only + - * / and parentheses. Reason inside <think> </think>, then, on a new line, give the expression inside \
-<answer> </answer>, for example <answer>(1+2)/3</answer>."""
 
-
-def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()) -> str:
-    """What stands before the completion; the completion begins right where it ends.
-
-    tiny: the line that the tiny base's corpus uses.
-    base: for pretrained checkpoints without chat tuning, ends inside <think>.
-    chat: the same question through the tokenizer's own chat template, ready for the assistant's first token.
-    examples: (puzzle, completion) pairs that come first, for few-shot prompts; in chat style as earlier turns."""
+def question(puzzle: Puzzle, style: str = "tiny") -> str:
+    """The puzzle in words, without any template. tiny: the line that the tiny base's corpus uses, with its newline."""
+    numbers, target = puzzle
     if style == "tiny":
-        shots = [make_prompt(example) + text + "\n\n" for example, text in examples]
-        return "".join(shots) + f"using {' '.join(map(str, puzzle.numbers))} make {puzzle.target}\n"
-    fields = {"numbers": ", ".join(map(str, puzzle.numbers)), "target": puzzle.target}
+        return f"using {' '.join(map(str, numbers))} make {target}\n"
+    tags = "in <think> </think>, then give the expression in" if style == "base" else (
+        "inside <think> </think>, then, on a new line, give the expression inside")
+    return (f"Using the numbers {', '.join(map(str, numbers))}, write an expression that equals {target}. Use each number "
+            f"exactly once, only + - * / and parentheses. Reason {tags} <answer> </answer>, for example "
+            "<answer>(1+2)/3</answer>.")
+
+
+def fill_template(question: str, style: str = "tiny", tokenizer=None, examples=()) -> str:
+    """A question of any task -> what stands before the completion; the completion begins right where it ends.
+
+    tiny: the question as it is. base: for pretrained checkpoints without chat tuning, ends inside <think>. chat: the
+    tokenizer's own chat template, ready for the assistant's first token. examples: (question, completion) pairs that
+    come first, for few-shot prompts; in chat style as earlier turns."""
+    if style == "tiny":
+        return "".join(f"{example}{text}\n\n" for example, text in examples) + question
     if style == "base":
-        shots = [make_prompt(example, "base").removesuffix("<think>") + text + "\n\n" for example, text in examples]
-        return "".join(shots) + BASE_PROMPT.format(**fields)
+        shots = [BASE_TEMPLATE.format(question=example).removesuffix("<think>") + text + "\n\n"
+                 for example, text in examples]
+        return "".join(shots) + BASE_TEMPLATE.format(question=question)
     if style == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("got style 'chat' with a tokenizer that has no chat template; "
                              "use style 'base' or a chat checkpoint")
-        turns = [(CHAT_PROMPT.format(numbers=", ".join(map(str, example.numbers)), target=example.target), text)
-                 for example, text in examples]
-        messages = [message for question, text in turns for message in ({"role": "user", "content": question},
-                                                                        {"role": "assistant", "content": text})]
-        messages.append({"role": "user", "content": CHAT_PROMPT.format(**fields)})
+        messages = [message for asked, text in examples for message in (
+            {"role": "user", "content": asked.strip()}, {"role": "assistant", "content": text})]
+        messages.append({"role": "user", "content": question.strip()})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 
 
-def shortest_completion(puzzle: Puzzle) -> str:
+def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()) -> str:
+    """fill_template of a puzzle's question; examples: (puzzle, completion) pairs."""
+    return fill_template(question(puzzle, style), style, tokenizer,
+                         [(question(example, style), text) for example, text in examples])
+
+
+# ------------------------------------------------------------------------------------- the seam: Countdown as a task
+# With LEVELS and question these are all the names that a task has: docs/fork-it.md says what each has to do.
+WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language" is of --language
+VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
+
+
+def draw(rng: random.Random, level: str, split: str) -> Puzzle:
+    return sample_puzzle(rng, level, held_out=split == "test")
+
+
+def key(puzzle: Puzzle) -> str:
+    """A puzzle is its sorted numbers and its target, so reordering cannot leak it into the other split."""
+    return f"{sorted(puzzle.numbers)}->{puzzle.target}"
+
+
+def score(puzzle: Puzzle, text: str) -> tuple[dict[str, float], str]:
+    """-> the reward's parts, and "correct" or why not."""
+    correct, verdict = verify(extract_answer(text), *puzzle)
+    return {"accuracy": float(correct), "format": format_reward(text)}, verdict
+
+
+def gold(puzzle: Puzzle) -> str:
     """A solved puzzle in the format that rewards ask for, with nothing but the solution as its thinking."""
     solution = solve(*puzzle)
     return f"<think>\n{solution} = {puzzle.target}\n</think>\n<answer>{solution}</answer>"
+
+
+def watch(puzzle: Puzzle, text: str) -> dict[str, float]:
+    """Measured and never paid."""
+    return {"verifications": count_verifications(text), "backtracks": count_backtracks(text)}
+
+
+def vote(puzzle: Puzzle, texts: list[str]) -> str | None:
+    """The majority vote over one puzzle's completions (R1: cons@k): an expression, or None if nobody has a valid one.
+
+    Votes are for the exact value, so (4+5)*3 and 3*(5+4) agree. The vote never looks at the target: an answer takes part
+    if it parses and uses the puzzle's numbers. On a tie the value that was found first wins."""
+    votes, expressions = Counter(), {}
+    for text in texts:
+        value = answer_value(text, puzzle.numbers)
+        if value is not None:
+            votes[value] += 1
+            expressions.setdefault(value, extract_answer(text))
+    return expressions[votes.most_common(1)[0][0]] if votes else None
+
+
+def answer_value(text: str, numbers) -> Fraction | None:
+    """The exact value of the answer, if it is one over the puzzle's numbers: what a majority votes for."""
+    try:
+        value, used = parse_expression(extract_answer(text) or "")
+    except ValueError:
+        return None
+    return value if sorted(used) == sorted(numbers) else None
+
+
+def count_backtracks(completion: str) -> int:
+    """How often the CoT left one line of attempts and went on to another.
+
+    An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
+    yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
+    and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
+    prose it is a rough count."""
+    lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
+    attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
+    return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
+
+
+def count_verifications(completion: str) -> int:
+    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
+
+    Made for the searches of the tiny model; prose that verifies in other words counts as 0."""
+    return len(VERIFICATION.findall(chain_of_thought(completion)))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -205,8 +287,8 @@ def main() -> None:
     puzzles.add_argument("--n", type=int, default=10)
     puzzles.add_argument("--seed", type=int, default=0)
     puzzles.add_argument("--held-out", action="store_true", help="from the held-out side of the split; default: train")
-    puzzles.add_argument("--traces", choices=("tiny", "base"), help="print prompt and completion instead, in this "
-                         "prompt style: rows for sft.py that teach a real checkpoint the format")
+    puzzles.add_argument("--traces", choices=STYLES, help="print question and completion instead: rows for sft.py with "
+                         "this --style, which teach a real checkpoint the format")
     for name, text in (("solve", "find an exact solution or prove that there is none"),
                        ("prompt", "print the prompt of a puzzle")):
         sub = commands.add_parser(name, help=text)
@@ -221,9 +303,7 @@ def main() -> None:
             for puzzle in sample_puzzles(args.n, level=args.level, held_out=args.held_out, seed=args.seed):
                 row = {**puzzle._asdict(), "solution": solve(*puzzle)}
                 if args.traces:
-                    prompt, completion = make_prompt(puzzle, args.traces), shortest_completion(puzzle)
-                    completion = completion.removeprefix("<think>" * prompt.endswith("<think>"))
-                    row = {"prompt": prompt, "completion": completion, **row}
+                    row = {"prompt": question(puzzle, args.traces), "completion": gold(puzzle), **row}
                 print(json.dumps(row))
         elif args.command == "solve":
             print(solve(args.numbers, args.target) or f"no solution: {args.target} cannot be made from {args.numbers}")

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import torch
 
-from countdown import check_level_and_style
 from machinery.checkpoints import check_dtype, find_directory, read_hf_config
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import read_jsonl
 from machinery.stages import Stage, check_inputs, read_record, run_stage
+from machinery.tasks import find_tasks
 from model import Model
 from sft import Config as SftConfig
 from sft import check_same_tokenizer
@@ -46,9 +46,10 @@ class Config:
     data: str = ""                   # JSONL of traces to use instead of asking the teacher
     out: str = "runs/distill"        # folder of the whole comparison
     logits: bool = False             # one arm more: token-level KL to the teacher; both need the same tokenizer
-    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
+    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file: machinery/tasks.py
+    level: str = ""                  # of the task; empty: its first
     style: str = "tiny"              # prompt template: tiny, base or chat
-    n: int = 1200                    # train puzzles that the teacher solves
+    n: int = 1200                    # train problems that the teacher solves
     samples: int = 4                 # completions of each
     non_cot: bool = True             # a quarter of the rows are replies without thinking (tasks.general replies)
     epochs: int = 3                  # passes over the traces; the paper: 2 to 3
@@ -60,37 +61,41 @@ class Config:
     after_learning_rate: float = 5e-4  # AdamW peak of RL after distillation; 1e-3 undoes some of what was learnt
     rl_flags: str = ""               # more flags for both train_countdown.py runs
     max_new_tokens: int = 512        # a longer completion is cut off
-    eval_n: int = 512                # held-out puzzles
+    eval_n: int = 512                # held-out problems
     eval_samples: int = 4            # completions of each
     dtype: str = "float32"           # what the models compute in: float32 or bfloat16
-    seed: int = 0                    # puzzles, sampling, order of the data
+    seed: int = 0                    # problems, sampling, order of the data
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_level_and_style(self.level, self.style)
+        find_tasks(self.task, self.level, "", self.style)
         check_dtype(self.dtype)
         if self.logits and self.data:
             raise ValueError("got --logits with --data, expected --teacher: only a model has logits")
 
 
+def task_flags(config, more: str = "") -> str:
+    level = f" --level {shlex.quote(config.level)}" if config.level else ""
+    return f"--task {shlex.quote(config.task + more)}{level} --style {config.style}"
+
+
 def student_stages(config: Config) -> list[Stage]:
     folder, student, teacher = (shlex.quote(str(path)) for path in (Path(config.out), config.student, config.teacher))
-    task = f"--level {config.level} --style {config.style}"
+    task = task_flags(config)
     machine = f"--device {config.device} --dtype {config.dtype}"
     stages, data = [], shlex.quote(config.data)
     if not config.data:
         non_cot, data = "", f"{folder}/student-traces.jsonl"
         if config.non_cot:
-            template = f"--style chat --model {student} " if config.style == "chat" else ""
             non_cot = f"--non-cot {folder}/student-replies.jsonl "
             stages.append(Stage("student-replies", f"python -m tasks.general replies --n {2 * config.n} "
-                                f"--seed {config.seed} {template}--out {folder}/student-replies.jsonl"))
+                                f"--seed {config.seed} --out {folder}/student-replies.jsonl"))
         stages.append(Stage("student-traces", f"python rejection.py --model {teacher} {non_cot}{task} --n {config.n} "
                             f"--samples {config.samples} --max-new-tokens {config.max_new_tokens} "
                             f"--seed {config.seed} {machine} --out {data}"))
     sft = (f"python sft.py --data {data} --model {student} --epochs {config.epochs} "
            f"--learning-rate {config.sft_learning_rate} --batch-tokens {config.batch_tokens} "
-           f"--eval-rows {max(1, config.eval_n // 2)} --seed {config.seed} {machine}")
+           f"--style {config.style} --eval-rows {max(1, config.eval_n // 2)} --seed {config.seed} {machine}")
     rl = (f"{task} --max-new-tokens {config.max_new_tokens} --eval-n {config.eval_n} --seed {config.seed} {machine} "
           f"--rollouts sampled {config.rl_flags}")
     stages += [

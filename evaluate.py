@@ -1,12 +1,13 @@
 """One evaluator for every checkpoint: pass@1, pass@k, majority vote, format, length, reflection, language, small talk.
 
-Held-out puzzles only (countdown.is_held_out), each one once, in an order that the seed fixes; no batch is dropped.
+Held-out problems of a task only, each one once, in an order that the seed fixes; no batch is dropped.
 
     python evaluate.py --model models/tiny-base                        # 512 puzzles, one sample each, temperature 1
     python evaluate.py --model models/tiny-base --samples 16           # adds pass@16 and maj@16; 40 seconds on 2 cores
     python evaluate.py --model runs/zero/checkpoint --show 3           # read what it writes, with verdicts
     python evaluate.py --model runs/zero/checkpoint --temperature 0    # greedy
     python evaluate.py --model Qwen/Qwen2.5-1.5B --style base --level tinyzero --max-new-tokens 1024 --shots 2
+    python evaluate.py --task my_questions.jsonl --n 100               # a task of your own: docs/fork-it.md
 
 DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 1 and 1, are the policy as RL trains it.
 """
@@ -14,19 +15,17 @@ DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 
 import json
 import math
 import random
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 
-from countdown import check_level_and_style, make_prompt, sample_puzzle, sample_puzzles, shortest_completion
+from countdown import fill_template
 from machinery.checkpoints import DTYPES, check_dtype, load
 from machinery.flags import bad_input_exits, parse_config
-from rewards import (REFLECTION_WORDS, WORD, accuracy_reward, chain_of_thought, extract_answer, format_reward,
-                     language_counts, language_reward, parse_expression, verify)
+from machinery.tasks import as_dict, find_tasks
+from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
 from sampling import complete
-from tasks.general import SMALL_TALK, draw_question, is_good, needless_thinking, question_prompt
+from tasks.general import SMALL_TALK, draw_question, is_good, needless_thinking
 
 GREETINGS = ("hello", "hi", "good morning", "how are you?", "thank you", "goodbye", "who are you?", "have a good day")
 GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer where fewer puzzles are asked
@@ -35,9 +34,10 @@ GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer wher
 @dataclass(frozen=True)
 class Config:
     model: str = "models/tiny-base"  # checkpoint directory or hub id
-    level: str = "laptop"            # laptop, laptop4 or tinyzero
+    task: str = "countdown"          # countdown, arithmetic, general, a .py or a .jsonl file (machinery/tasks.py)
+    level: str = ""                  # of the task, as laptop4 of countdown; empty: its first
     style: str = "tiny"              # prompt template: tiny, base or chat
-    n: int = 512                     # held-out puzzles
+    n: int = 0                       # held-out problems; 0: 512, or as many as the task has
     samples: int = 1                 # completions per puzzle; pass@k and maj@k use all of them
     temperature: float = 1.0         # 0 is greedy
     top_p: float = 1.0               # nucleus sampling; DeepSeek-R1 evaluates with 0.95
@@ -52,9 +52,10 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_level_and_style(self.level, self.style)
-        if min(self.n, self.samples, self.max_new_tokens, self.slots) < 1 or self.shots < 0:
-            raise ValueError("expected n, samples, max_new_tokens and slots of at least 1 and shots of at least 0")
+        if len(find_tasks(self.task, self.level, "", self.style)) > 1:
+            raise ValueError(f"got --task {self.task}, expected one: evaluate several one after the other")
+        if min(self.samples, self.max_new_tokens, self.slots) < 1 or min(self.n, self.shots) < 0:
+            raise ValueError("expected samples, max_new_tokens and slots of at least 1, n and shots of at least 0")
         check_dtype(self.dtype)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, "
@@ -78,56 +79,11 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def answer_value(completion: str, numbers) -> Fraction | None:
-    """The exact value of the answer, if it is one over the puzzle's numbers: what a majority votes for."""
-    try:
-        value, used = parse_expression(extract_answer(completion) or "")
-    except ValueError:
-        return None
-    return value if sorted(used) == sorted(numbers) else None
-
-
-def majority_answer(completions: list[str], numbers) -> str | None:
-    """The majority vote over one puzzle's completions (R1: cons@k): an expression, or None if nobody has a valid one.
-
-    Votes are for the exact value, so (4+5)*3 and 3*(5+4) agree. The vote sees the prompt and never the target: an
-    answer takes part if it parses and uses the puzzle's numbers. On a tie the value that was found first wins."""
-    votes, expressions = Counter(), {}
-    for completion in completions:
-        value = answer_value(completion, numbers)
-        if value is not None:
-            votes[value] += 1
-            expressions.setdefault(value, extract_answer(completion))
-    return expressions[votes.most_common(1)[0][0]] if votes else None
-
-
 # --------------------------------------------------------------------------------------- what is watched and never paid
-VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
-
-
 def reflection_words(completion: str) -> dict[str, int]:
     """Each reflection word of either language in the CoT -> how often; whole words only, upper and lower case alike."""
     words = Counter(WORD.findall(chain_of_thought(completion).lower()))
     return {word: n for word, n in words.items() if any(word in known for known in REFLECTION_WORDS.values())}
-
-
-def count_backtracks(completion: str) -> int:
-    """How often the CoT left one line of attempts and went on to another.
-
-    An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
-    yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
-    and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
-    prose it is a rough count."""
-    lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
-    attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]
-    return sum(words[-1].strip(".,!") not in ("yes", "ja") for words in attempts[:-1])
-
-
-def count_verifications(completion: str) -> int:
-    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
-
-    Made for the searches of the tiny model; prose that verifies in other words counts as 0."""
-    return len(VERIFICATION.findall(chain_of_thought(completion)))
 
 
 def is_mixed(completion: str) -> bool:
@@ -135,50 +91,46 @@ def is_mixed(completion: str) -> bool:
     return all(language_counts(completion).values())
 
 
-def describe(texts: list[str], completions, language: str = "en") -> dict[str, float]:
-    """Means over completions of what they look like, right or wrong; the same names in training and evaluation logs."""
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values)
-    return {"format": mean(map(format_reward, texts)),
-            "completion_tokens": mean(len(c.token_ids) for c in completions),
+def looks(texts: list[str], completions, language: str = "en") -> dict[str, float]:
+    """Means over completions of what can be said of those of any task; the same names in training and evaluation logs."""
+    return {"completion_tokens": mean(len(c.token_ids) for c in completions),
             "truncated": mean(c.truncated for c in completions),
-            "verifications": mean(map(count_verifications, texts)),
-            "backtracks": mean(map(count_backtracks, texts)),
             "reflection_words": mean(sum(reflection_words(text).values()) for text in texts),
             "language": mean(language_reward(text, language) for text in texts),
             "mixed": mean(map(is_mixed, texts))}
 
 
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of dictionaries with the same names."""
+    return {name: mean(row[name] for row in rows) for name in rows[0]} if rows else {}
+
+
 # ------------------------------------------------------------------------------------------------------------ measuring
 def describe_step(rollouts, language: str) -> dict[str, float]:
-    """The step's log: rewards and looks of its puzzles (of all completions where it has none), and beside them the
-    means of what only general prompts have. rollouts: machinery.rollouts.Rollout, of all processes."""
-    puzzles, row = [rollout for rollout in rollouts if "accuracy" in rollout.parts] or rollouts, {}
-    for name in ("reward", "accuracy", "preference", "general_good", "general_thinking"):
-        values = [r.parts[name] for r in (puzzles if name == "reward" else rollouts) if name in r.parts]
-        row |= {name: sum(values) / len(values)} if values else {}
-    return row | describe([r.text for r in puzzles], [r.completion for r in puzzles], language)
-
-
-def few_shot_examples(shots: int, style: str, level: str, seed: int) -> list[tuple]:
-    """Solved train puzzles: searches as in the tiny base's corpus, or for other styles one line of thinking."""
-    import corpus
-    rng, examples = random.Random(seed), []
-    clean = corpus.Config(tags=1.0, give_up=0.0, wrong_answers=0.0, slips=0.0, luck=0.5)
-    for _ in range(shots):
-        puzzle = sample_puzzle(rng, level, held_out=False)
-        if style == "tiny" and len(puzzle.numbers) == 3:
-            examples.append((puzzle, corpus.write_search(puzzle, "en", rng, clean)))
+    """The step's log: reward, its parts, what the task watches, and looks, of the first task; and beside them, with the
+    task's name before each, reward, parts and what is watched of the others. rollouts: machinery.rollouts.Rollout, of
+    all processes."""
+    row, names = {}, list(dict.fromkeys(rollout.task for rollout in rollouts))
+    for name in names:
+        own = [rollout for rollout in rollouts if rollout.task == name]
+        table = {"reward": mean(r.score.reward for r in own), **means([r.score.parts for r in own]),
+                 **means([r.score.watched for r in own])}
+        if name == names[0]:
+            row = table | looks([r.text for r in own], [r.completion for r in own], language)
         else:
-            examples.append((puzzle, shortest_completion(puzzle)))
-    return examples
+            row |= {f"{name}_{column}": value for column, value in table.items()}
+    return row
 
 
-def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[str, float]:
-    """Shares of 512 replies to greetings that think, and, for the tiny model, that are good by the rule; and of 512
+def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -> dict[str, float]:
+    """What R1 is asked beside puzzles: shares of 512 replies to greetings that think, and, for the tiny model, that are good by the rule; and of 512
     direct arithmetic questions those that are answered right and without thinking."""
-    rng, each = random.Random(config.seed), max(1, min(config.n, GENERAL_N) // len(GREETINGS))
+    rng, each = random.Random(config.seed), max(1, min(n, GENERAL_N) // len(GREETINGS))
     n = each * len(GREETINGS)
     questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(each)]
     if config.style == "tiny":
@@ -187,7 +139,7 @@ def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[s
         while len(questions) < 2 * n:
             question = draw_question(rng)
             questions += [question] if question["kind"] == "arithmetic" else []
-    _, _, replies = complete(model, tokenizer, [question_prompt(question["prompt"], config.style, tokenizer)
+    _, _, replies = complete(model, tokenizer, [fill_template(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
                              max_new_tokens=min(64, config.max_new_tokens), progress="greetings and sums",
                              **settings)
@@ -200,38 +152,45 @@ def evaluate_general(model, tokenizer, config: Config, settings: dict) -> dict[s
 
 def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     """-> (the table's numbers, a record per completion). Raises ValueError where a prompt does not fit the context."""
-    puzzles = sample_puzzles(config.n, level=config.level, held_out=True, seed=config.seed)
-    examples = few_shot_examples(config.shots, config.style, config.level, config.seed)
-    prompts = [make_prompt(puzzle, config.style, tokenizer, examples) for puzzle in puzzles]
+    task, = find_tasks(config.task, config.level, "", config.style)
+    problems = task.problems(config.n, "test", config.seed)
+    if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
+        import corpus
+        examples = corpus.examples(random.Random(config.seed), task.level, config.shots)
+    else:
+        examples = task.examples(config.shots, config.style, config.seed)
+    prompts = [task.prompt(problem, config.style, tokenizer, examples) for problem in problems]
     settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
-    repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    _, completions, texts = complete(model, tokenizer, repeated, max_new_tokens=config.max_new_tokens,
-                                     progress="held-out puzzles", **settings)
-    groups = [texts[i * config.samples:(i + 1) * config.samples] for i in range(len(puzzles))]
-    correct = [[accuracy_reward(text, *puzzle) for text in group] for puzzle, group in zip(puzzles, groups)]
-    pass_1 = sum(sum(row) / config.samples for row in correct) / config.n
-    low, high = wilson_interval(pass_1, config.n)
-    table = {"pass@1": pass_1, "pass@1_low": low, "pass@1_high": high, "n": config.n, "samples": config.samples}
-    k = config.samples
+    n, k = len(problems), config.samples
+    drawn = [problem for problem in problems for _ in range(k)]
+    _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],
+                                     max_new_tokens=config.max_new_tokens, progress="held-out problems", **settings)
+    scored = [task.seam.score(problem, text) for problem, text in zip(drawn, texts)]  # (parts, verdict) each
+    right = [[verdict == "correct" for _, verdict in scored[i:i + k]] for i in range(0, len(scored), k)]
+    pass_1 = sum(sum(row) / k for row in right) / n
+    low, high = wilson_interval(pass_1, n)
+    table = {"pass@1": pass_1, "pass@1_low": low, "pass@1_high": high, "n": n, "samples": k}
     if k > 1:
         for size in sorted({size for size in (4, 16, 64, 256) if size < k} | {k}):
-            table[f"pass@{size}"] = sum(pass_at_k(k, int(sum(row)), size) for row in correct) / config.n
-        winners = [majority_answer(group, puzzle.numbers) for puzzle, group in zip(puzzles, groups)]
-        right = sum(winner is not None and verify(winner, *puzzle)[0] for winner, puzzle in zip(winners, puzzles))
-        table[f"maj@{k}"] = right / config.n
-    table |= describe(texts, completions, config.language)
-    if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
-        table |= evaluate_general(model, tokenizer, config, settings)
-    records = [{"numbers": puzzle.numbers, "target": puzzle.target, "prompt": prompts[i], "completion": text,
-                "verdict": verify(extract_answer(text), *puzzle)[1]}
-               for i, puzzle in enumerate(puzzles) for text in groups[i]]
-    table["wrong_numbers"] = sum(record["verdict"].startswith("uses") for record in records) / len(records)
+            table[f"pass@{size}"] = sum(pass_at_k(k, sum(row), size) for row in right) / n
+        table[f"maj@{k}"] = sum(task.vote_is_right(problem, texts[i * k:(i + 1) * k])
+                                for i, problem in enumerate(problems)) / n
+    parts = means([parts for parts, _ in scored])
+    parts.pop("accuracy", None)  # it is pass@1
+    table |= parts | means([task.watch(problem, text) for problem, text in zip(drawn, texts)])
+    table |= looks(texts, completions, config.language)
+    if task.name == "countdown":
+        table["wrong_numbers"] = mean(verdict.startswith("uses") for _, verdict in scored)
+        if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
+            table |= evaluate_general(model, tokenizer, n, config, settings)
+    records = [{**as_dict(problem), "prompt": prompts[i // k], "completion": text, "verdict": verdict}
+               for i, (problem, text, (_, verdict)) in enumerate(zip(drawn, texts, scored))]
     return table, records
 
 
 def print_table(table: dict) -> None:
     print(f"{'pass@1':>20}  {table['pass@1']:.1%}  (95% interval {table['pass@1_low']:.1%} to "
-          f"{table['pass@1_high']:.1%}, n = {table['n']} puzzles x {table['samples']})")
+          f"{table['pass@1_high']:.1%}, n = {table['n']} problems x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
             counted = name in ("completion_tokens", "verifications", "backtracks", "reflection_words")

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from countdown import fill_template
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import DTYPES, check_device, check_dtype, find_directory, load, read_directory, save
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
@@ -43,6 +44,7 @@ from rewards import END_THINK, THINK
 class Config:
     data: str = "data/pairs.jsonl"   # JSONL, one {"prompt", "chosen", "rejected"} a line; "flaw" groups the report
     model: str = "models/tiny-base"  # language model to start from, a directory or hub id
+    style: str = "tiny"              # template that a prompt is put into: tiny (as it is) or chat
     out: str = "runs/preference"     # run folder to create
     epochs: int = 1                  # passes over the pairs; more, and it learns their wording by heart
     batch_size: int = 32             # pairs per optimizer step
@@ -56,6 +58,8 @@ class Config:
 
     def __post_init__(self):
         check_dtype(self.dtype)
+        if self.style not in ("tiny", "chat"):
+            raise ValueError(f"got style {self.style!r}, expected tiny or chat")
         check_positive(self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_norm", "eval_pairs")
 
 
@@ -136,11 +140,11 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
     return scores
 
 
-def read_pairs(path: str, tokenizer, context: int) -> list[dict]:
+def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[dict]:
     """Pairs with their token rows. Raises ValueError with the line number where a field is missing or too long."""
     pairs = read_jsonl(path)
     check_rows(pairs, path, ("prompt", "chosen", "rejected"), "all three")
-    prompts = [pair["prompt"] for pair in pairs]
+    prompts = [fill_template(pair["prompt"], style, tokenizer) for pair in pairs]
     chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs])
                         for name in ("chosen", "rejected"))
     for number, rows in enumerate(zip(chosen, rejected), 1):
@@ -179,7 +183,7 @@ def main() -> None:
     # 1. model, pairs and run folder; everything that can be wrong with the input is said here
     with bad_input_exits():
         backbone, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
-        pairs = read_pairs(config.data, tokenizer, backbone.config.context)
+        pairs = read_pairs(config.data, tokenizer, backbone.config.context, config.style)
         random.Random(config.seed).shuffle(pairs)
         held_out, pairs = pairs[:config.eval_pairs], pairs[config.eval_pairs:]
         if not pairs or not held_out:
@@ -233,7 +237,8 @@ def say() -> None:
     config = parse_config(Config, __doc__, sys.argv[1:at])
     with bad_input_exits():
         reward_model, tokenizer = load_reward_model(config.model, device=config.device)
-    scores = preference_scores(reward_model, tokenizer, [f"{prompt}\n"] * len(replies), replies)
+        prompt = fill_template(f"{prompt}\n", config.style, tokenizer)
+    scores = preference_scores(reward_model, tokenizer, [prompt] * len(replies), replies)
     for reply, score in zip(replies, scores):
         print(f"{score:8.2f}  {reply}")
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import distill
-from countdown import check_level_and_style
 from evaluate import wilson_interval
 from machinery.checkpoints import check_dtype
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
 from machinery.run_folder import read_jsonl
 from machinery.stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
+from machinery.tasks import find_tasks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Config:
     only: str = ""                   # run this stage alone
     from_: str = ""                  # run this stage and those behind it again, even if they are done
     list: bool = False               # print the stages' commands and stop
-    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
+    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file: machinery/tasks.py
+    level: str = ""                  # of the task; empty: its first
     style: str = "tiny"              # prompt template: tiny or chat
     zero_steps: int = 80             # RL steps of R1-Zero
     rl_steps: int = 40               # of each RL stage of R1
@@ -50,18 +51,18 @@ class Config:
     rl2_learning_rate: float = 5e-4  # of the RL stages behind SFT
     sft_learning_rate: float = 1e-3  # AdamW peak of SFT; DeepSeek-R1: 5e-5
     language_weight: float = 0.5     # reward for language consistency in R1's RL
-    puzzles: int = 1200              # train puzzles that rejection sampling asks a checkpoint
+    puzzles: int = 1200              # train problems that rejection sampling asks a checkpoint
     samples: int = 8                 # completions of each; of the teacher's, half as many
     max_new_tokens: int = 512        # a longer completion is cut off
     pairs: int = 6000                # preference pairs for the reward model
-    eval_n: int = 512                # held-out puzzles
+    eval_n: int = 512                # held-out problems
     eval_samples: int = 4            # completions of each
     rl_flags: str = ""               # more flags for every train_countdown.py, such as "--batch-size 128"
     dtype: str = "float32"           # what the models compute in: float32 or bfloat16
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_level_and_style(self.level, self.style)
+        find_tasks(self.task, self.level, "", self.style)
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
@@ -77,7 +78,7 @@ class Config:
 def student_config(config: Config, seed: int) -> distill.Config:
     folder = Path(config.out) / f"seed{seed}"
     return distill.Config(
-        teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder), level=config.level,
+        teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder), task=config.task, level=config.level,
         style=config.style, n=config.puzzles, samples=max(1, config.samples // 2), rl_steps=config.zero_steps,
         after_steps=config.zero_steps, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
         eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
@@ -86,23 +87,22 @@ def student_config(config: Config, seed: int) -> distill.Config:
 def all_stages(config: Config, seed: int) -> list[Stage]:
     """The recipe, in order."""
     folder, base = (shlex.quote(str(path)) for path in (Path(config.out) / f"seed{seed}", config.model))
-    task = f"--level {config.level} --style {config.style}"
+    task = distill.task_flags(config)
     machine = f"--device {config.device} --dtype {config.dtype}"
     new = f"--max-new-tokens {config.max_new_tokens} --seed {seed} {machine}"
     asked = f"{task} {new} --n {config.puzzles} --samples {config.samples}"
-    template = f"--style chat --model {base} " if config.style == "chat" else ""
-    rl = f"{task} {new} --eval-n {config.eval_n} --rollouts sampled {config.rl_flags}"
-    zero = f"--model {base} --steps {config.zero_steps} --learning-rate {config.rl_learning_rate} {rl}"
+    rl = f"{new} --eval-n {config.eval_n} --rollouts sampled {config.rl_flags}"
+    zero = f"--model {base} --steps {config.zero_steps} --learning-rate {config.rl_learning_rate} {task} {rl}"
     later = f"--steps {config.rl_steps} --learning-rate {config.rl2_learning_rate} {rl}"
-    language = f"--language-weight {config.language_weight}"
-    general = f"--general {folder}/questions.jsonl --preference {folder}/preference/checkpoint"
+    language = f"--weights language={config.language_weight}"
+    judge = f"--preference {folder}/preference/checkpoint"
     sft = (f"--model {base} --epochs 2 --learning-rate {config.sft_learning_rate} --batch-tokens 4096 "
-           f"--eval-rows {max(1, config.eval_n // 2)} --seed {seed} {machine}")
-    measured = f"--style {config.style} --n {config.eval_n} --max-new-tokens {config.max_new_tokens} {machine}"
+           f"--style {config.style} --eval-rows {max(1, config.eval_n // 2)} --seed {seed} {machine}")
+    measured = f"--n {config.eval_n} --max-new-tokens {config.max_new_tokens} {machine}"
 
     def evaluation(name: str, model: str = "") -> Stage:
-        return Stage(f"eval-{name}", f"python evaluate.py --model {model or f'{folder}/{name}/checkpoint'} --level "
-                     f"{config.level} {measured} --samples {config.eval_samples} --json {folder}/eval-{name}.json")
+        return Stage(f"eval-{name}", f"python evaluate.py --model {model or f'{folder}/{name}/checkpoint'} "
+                     f"{task} {measured} --samples {config.eval_samples} --json {folder}/eval-{name}.json")
 
     stages = [
         # 1. R1-Zero: RL on the base, rules only
@@ -117,41 +117,39 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         Stage("cold-start", f"python sft.py --data {folder}/cold.jsonl {sft} --out {folder}/cold-start"),
         evaluation("cold-start"),
         # 3. RL with accuracy, format and language; and without language, to see what is left for that reward to do
-        Stage("rl", f"python train_countdown.py --model {folder}/cold-start/checkpoint {later} {language} "
+        Stage("rl", f"python train_countdown.py --model {folder}/cold-start/checkpoint {task} {later} {language} "
               f"--out {folder}/rl"),
         evaluation("rl"),
-        Stage("rl-no-language", f"python train_countdown.py --model {folder}/cold-start/checkpoint {later} "
+        Stage("rl-no-language", f"python train_countdown.py --model {folder}/cold-start/checkpoint {task} {later} "
               f"--out {folder}/rl-no-language"),
         evaluation("rl-no-language"),
         # 4. the "600k + 200k" in small: three parts reasoning from that checkpoint, one part replies without thinking
-        Stage("replies", f"python -m tasks.general replies --n {max(3000, 2 * config.puzzles)} --seed {seed} {template}"
+        Stage("replies", f"python -m tasks.general replies --n {max(3000, 2 * config.puzzles)} --seed {seed} "
               f"--out {folder}/replies.jsonl"),
         Stage("r1-data", f"python rejection.py --model {folder}/rl/checkpoint --non-cot {folder}/replies.jsonl {asked} "
               f"--out {folder}/r1-data.jsonl"),
         Stage("sft", f"python sft.py --data {folder}/r1-data.jsonl {sft} --out {folder}/sft"),
         evaluation("sft"),
         # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts
-        Stage("pairs", f"python -m tasks.general pairs --n {config.pairs} --seed {seed} {template}"
-              f"--out {folder}/pairs.jsonl"),
-        Stage("preference", f"python preference.py --data {folder}/pairs.jsonl --model {base} --seed {seed} {machine} "
-              f"--out {folder}/preference"),
-        Stage("questions", f"python -m tasks.general questions --n 1000 --seed {seed} {template}"
-              f"--out {folder}/questions.jsonl"),
-        Stage("rl-all", f"python train_countdown.py --model {folder}/sft/checkpoint {later} {language} {general} "
-              f"--general-steps {config.general_steps} --out {folder}/rl-all"),
+        Stage("pairs", f"python -m tasks.general pairs --n {config.pairs} --seed {seed} --out {folder}/pairs.jsonl"),
+        Stage("preference", f"python preference.py --data {folder}/pairs.jsonl --model {base} --style {config.style} "
+              f"--seed {seed} {machine} --out {folder}/preference"),
+        Stage("rl-all", f"python train_countdown.py --model {folder}/sft/checkpoint "
+              f"{distill.task_flags(config, '=3,general=1')} --mix-steps {config.general_steps} {later} {language} "
+              f"{judge} --out {folder}/rl-all"),
         evaluation("rl-all"),
         #    and what becomes of a policy that goes on with the reward model alone: R1-Zero's learning rate, general
         #    prompts only, and for so many steps
-        Stage("hacking", f"python train_countdown.py --model {folder}/rl-all/checkpoint {rl} {general} "
-              f"--steps {config.hacking_steps} --learning-rate {config.rl_learning_rate} "
-              f"--general-steps {config.hacking_steps} --general-share 1 --out {folder}/hacking"),
+        Stage("hacking", f"python train_countdown.py --model {folder}/rl-all/checkpoint {rl} {judge} "
+              f"{task.replace('--task', '--task general --eval-task', 1)} --steps {config.hacking_steps} "
+              f"--learning-rate {config.rl_learning_rate} --out {folder}/hacking"),
         evaluation("hacking"),
     ]
     # 6. the student, and what nobody trained on: one number more
     stages += distill.student_stages(student_config(config, seed))
-    if config.level == "laptop":
-        stages += [Stage(f"four-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --level laptop4 {measured} "
-                         f"--samples 1 --json {folder}/four-{name}.json") for name in ("zero", "rl-all", "distill")]
+    if config.task == "countdown" and config.level in ("", "laptop"):
+        stages += [Stage(f"four-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --level laptop4 "
+                         f"--style {config.style} {measured} --samples 1 --json {folder}/four-{name}.json") for name in ("zero", "rl-all", "distill")]
     return stages
 
 
@@ -163,7 +161,7 @@ ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
     "rl-no-language": ("its RL without the language reward", ("rl-no-language",)),
     "rl": ("RL with the language reward", ("rl",)),
     "sft": ("SFT of the base on CoT and non-CoT", ("replies", "r1-data", "sft")),
-    "rl-all": ("**R1**: RL on all prompts", ("pairs", "preference", "questions", "rl-all")),
+    "rl-all": ("**R1**: RL on all prompts", ("pairs", "preference", "rl-all")),
     "hacking": ("R1 on the preference reward for too long", ("hacking",)),
     "student-base": ("student base", ()),
     "student-rl": ("student, RL alone", ("student-rl",)),

@@ -27,12 +27,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from countdown import Puzzle, check_level_and_style, make_prompt, sample_puzzles
 from machinery.checkpoints import DTYPES, check_dtype, load
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
 from machinery.run_folder import append_jsonl, check_rows, read_jsonl, saved_checkpoint, write_whole
 from machinery.stages import fingerprint
-from rewards import ONLY_IN, accuracy_reward, chain_of_thought, format_reward, language_reward
+from machinery.tasks import as_dict, find_tasks, shares
+from rewards import ONLY_IN, chain_of_thought, language_reward
 from sampling import Completion, complete
 
 CHUNK = 2048  # completions that are sampled, filtered and written down together
@@ -42,17 +42,18 @@ CHUNK = 2048  # completions that are sampled, filtered and written down together
 class Config:
     model: str = "runs/zero/checkpoint"  # checkpoint directory or hub id to sample from
     out: str = "data/traces.jsonl"   # JSONL file to write; its report stands beside it
-    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero; only train puzzles
+    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file, or several: machinery/tasks.py
+    level: str = ""                  # of the task, as laptop4 of countdown; empty: its first. Only train problems
     style: str = "tiny"              # prompt template: tiny, base or chat
-    n: int = 1200                    # different puzzles; the laptop level has about 1,400 for training
-    samples: int = 8                 # completions per puzzle
+    n: int = 1200                    # different problems; countdown's laptop level has about 1,400 for training
+    samples: int = 8                 # completions per problem
     temperature: float = 1.0         # of the sampler
     top_p: float = 1.0               # nucleus sampling
     max_new_tokens: int = 512        # a completion that has not ended by then is dropped
     max_tokens: int = 400            # drop longer completions: over-long ones are mostly lost
     max_repeats: int = 1             # drop completions that write a line of thinking more often than this
     language: str = "en"             # drop completions with a word of another language
-    per_puzzle: int = 4              # keep at most this many different completions of a puzzle
+    per_puzzle: int = 4              # keep at most this many different completions of a problem
     limit: int = 0                   # keep at most this many rows, drawn at random; 0: all
     non_cot: str = ""                # JSONL of rows without thinking to mix in (tasks.general replies)
     non_cot_share: float = 0.25      # their share of the dataset; DeepSeek-R1: 200k of 800k
@@ -65,7 +66,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        check_level_and_style(self.level, self.style)
+        shares(find_tasks(self.task, self.level, "", self.style), self.n)
         check_dtype(self.dtype)
         check_positive(self, "n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats",
                        "per_puzzle", "rounds", "slots")
@@ -76,27 +77,27 @@ class Config:
 
 
 # -------------------------------------------------------------------------------------------------------------- filters
-# Each takes (text, completion, puzzle, config) and says whether to keep it. They are asked in this order, and a
-# completion is counted for the first one that drops it.
+# Each takes (text, completion, score, config), score being the task's (parts, verdict), and says whether to keep it. They
+# are asked in this order, and a completion is counted for the first one that drops it.
 
 
-def correct(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
-    return accuracy_reward(text, *puzzle) == 1.0
+def correct(text: str, completion: Completion, score: tuple, config: Config) -> bool:
+    return score[1] == "correct"
 
 
-def well_formatted(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
-    return format_reward(text) == 1.0
+def well_formatted(text: str, completion: Completion, score: tuple, config: Config) -> bool:
+    return score[0].get("format", 1.0) == 1.0  # a task whose WEIGHTS know no format has none
 
 
-def one_language(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+def one_language(text: str, completion: Completion, score: tuple, config: Config) -> bool:
     return language_reward(text, config.language) == 1.0
 
 
-def short_enough(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+def short_enough(text: str, completion: Completion, score: tuple, config: Config) -> bool:
     return not completion.truncated and len(completion.token_ids) <= config.max_tokens
 
 
-def not_repetitive(text: str, completion: Completion, puzzle: Puzzle, config: Config) -> bool:
+def not_repetitive(text: str, completion: Completion, score: tuple, config: Config) -> bool:
     """No line of thinking stands there twice; a model that goes round in circles teaches just that."""
     lines = Counter(line.strip() for line in chain_of_thought(text).splitlines() if line.strip())
     return not lines or max(lines.values()) <= config.max_repeats
@@ -109,25 +110,27 @@ FILTERS = (correct, well_formatted, one_language, short_enough, not_repetitive)
 def sample_rows(model, tokenizer, source: str, round_: int, config: Config, known: dict, keep) -> tuple[list, dict]:
     """-> (rows that passed, report). Raises ValueError where nothing passed, with the filter that took the last.
 
-    known holds what a killed run had already sampled, as {(round, first puzzle): chunk}; keep(chunk) writes one down.
+    known holds what a killed run had already sampled, as {(round, first problem): chunk}; keep(chunk) writes one down.
     """
-    puzzles = sample_puzzles(config.n, level=config.level, held_out=False, seed=config.seed)
-    prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
+    tasks = find_tasks(config.task, config.level, "", config.style)
+    drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
+             for problem in task.problems(count, "train", config.seed)]
+    prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
     longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
     if longest + config.max_new_tokens > model.config.context:
         raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, together "
                          f"more than the model's context of {model.config.context}; lower --max-new-tokens")
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
     rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
-    for start in tqdm(range(0, len(puzzles), at_once), desc=f"round {round_}", unit="chunk"):
+    for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):
         chunk = known.get((round_, start))
         if chunk is None:
-            chunk = sample_chunk(model, tokenizer, puzzles, prompts, start, at_once, source, round_, config)
+            chunk = sample_chunk(model, tokenizer, drawn, prompts, start, at_once, source, round_, config)
             keep(chunk)
         rows += chunk["rows"]
         tokens += chunk["tokens"]
         dropped.update(chunk["dropped"])
-    report = {"source": source, "round": round_, "puzzles": len(puzzles), "sampled": len(puzzles) * config.samples,
+    report = {"source": source, "round": round_, "puzzles": len(drawn), "sampled": len(drawn) * config.samples,
               "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
               "puzzles_kept": len({row["prompt"] for row in rows})}
     if not rows:
@@ -138,17 +141,19 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     return rows, report
 
 
-def sample_chunk(model, tokenizer, puzzles, prompts, start: int, at_once: int, source, round_: int, config) -> dict:
-    """The completions of at_once puzzles from start on, filtered. Each has its own random stream (sampling.py), so
+def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, source, round_: int, config) -> dict:
+    """The completions of at_once problems from start on, filtered. Each has its own random stream (sampling.py), so
     chunks change no token."""
-    repeated = [i for i in range(start, min(start + at_once, len(puzzles))) for _ in range(config.samples)]
+    repeated = [i for i in range(start, min(start + at_once, len(drawn))) for _ in range(config.samples)]
     _, completions, texts = complete(
         model, tokenizer, [prompts[i] for i in repeated], max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, slots=config.slots, first_index=start * config.samples,
         seed=random.Random(f"{config.seed}, {round_}").getrandbits(32))
     rows, dropped, seen = [], Counter(), Counter()
     for index, (i, completion, text) in enumerate(zip(repeated, completions, texts), start * config.samples):
-        reason = next((f.__name__ for f in FILTERS if not f(text, completion, puzzles[i], config)), None)
+        task, problem = drawn[i]
+        score = task.seam.score(problem, text)
+        reason = next((f.__name__ for f in FILTERS if not f(text, completion, score, config)), None)
         if reason is None:
             reason = "duplicates" if seen[i, text] else "per_puzzle" if seen[i] == config.per_puzzle else None
         if reason:
@@ -156,16 +161,15 @@ def sample_chunk(model, tokenizer, puzzles, prompts, start: int, at_once: int, s
             continue
         seen[i, text] += 1
         seen[i] += 1
-        rows.append({"prompt": prompts[i],  # a prompt that ends in <think> has that tag already
-                     "completion": text.removeprefix("<think>" * prompts[i].endswith("<think>")),
-                     **puzzles[i]._asdict(), "language": config.language, "tokens": len(completion.token_ids),
-                     "source": source, "round": round_, "seed": config.seed, "index": index})
+        rows.append({**as_dict(problem), "prompt": task.seam.question(problem, config.style), "completion": text,
+                     "language": config.language, "tokens": len(completion.token_ids), "source": source,
+                     "round": round_, "seed": config.seed, "index": index})
     return {"round": round_, "start": start, "rows": rows, "dropped": dict(dropped),
             "tokens": sum(len(completion.token_ids) for completion in completions)}
 
 
 def read_partial(path: Path, header: dict) -> dict:
-    """What a killed run of the same flags and the same model had sampled -> {(round, first puzzle): chunk}."""
+    """What a killed run of the same flags and the same model had sampled -> {(round, first problem): chunk}."""
     lines = open(path, encoding="utf-8").readlines() if path.exists() else []  # splitlines() would part at U+2028 too
     found = []
     for line in lines:
@@ -195,7 +199,7 @@ def fine_tune(rows: list[dict], round_: int, config: Config) -> str:
         folder.mkdir(parents=True)
         append_jsonl(data, *rows)
         flags = ["--data", data, "--model", config.base, "--out", run, "--eval-rows", max(1, len(rows) // 20),
-                 "--device", config.device, "--seed", config.seed, *config.sft_flags.split()]
+                 "--style", config.style, "--device", config.device, "--seed", config.seed, *config.sft_flags.split()]
     sft = Path(__file__).parent / "sft.py"
     if subprocess.run([sys.executable, sft, *map(str, flags)]).returncode:
         fail(f"sft.py failed in round {round_}; its error stands above")

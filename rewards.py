@@ -1,15 +1,15 @@
 """Rewards: text -> number, by rules alone. No network judges here: a learnt judge is one that a policy learns to fool.
 
 DeepSeek-R1 (arXiv 2501.12948), section 2.2.2: R1-Zero is rewarded for accuracy and for format, nothing else. Section
-2.3.2: R1 adds the share of the chain of thought (CoT) that is in the target language. reward() sums the parts and
-returns them, for logs.
+2.3.2: R1 adds the share of the chain of thought (CoT) that is in the target language. What is paid is the parts' weighted
+sum: countdown.WEIGHTS, machinery/tasks.py.
 
     >>> verify("(4+5)*3", numbers=[3, 4, 5], target=27)
     (True, 'correct')
     >>> verify("4*5+3", [3, 4, 5], 27)
     (False, 'value 23 is not 27')
-    >>> reward("<think>4+5=9, 9*3=27 yes</think>\\n<answer>(4+5)*3</answer>", [3, 4, 5], 27)
-    {'accuracy': 1.0, 'format': 1.0, 'language': 1.0, 'reward': 1.2}
+    >>> format_reward("<think>4+5=9, 9*3=27 yes</think>\\n<answer>(4+5)*3</answer>")
+    1.0
 
 The text comes from a policy that is paid to find our mistakes. So an answer is parsed, never evaluated; every reward
 takes any string at all and returns a number, in time that grows no faster than the text; and what is refused is refused
@@ -47,6 +47,11 @@ def extract_answer(completion: str) -> str | None:
     if before.rfind(THINK) > before.rfind(END_THINK) or any(tag in answer for tag in TAGS):
         return None
     return answer.strip()
+
+
+def answer_or_text(completion: str) -> str:
+    """The final answer, or where no tag stands at all the whole completion: a model may answer directly. "" for neither."""
+    return ((extract_answer(completion) or "") if any(tag in completion for tag in TAGS) else completion).strip()
 
 
 def parse_expression(text: str) -> tuple[Fraction, list[int]]:
@@ -197,17 +202,3 @@ def language_reward(completion: str, language: str = "en") -> float:
                          "a new one needs its list in COMMON_WORDS")
     counts = language_counts(completion)
     return counts[language] / sum(counts.values()) if any(counts.values()) else 1.0
-
-
-# -------------------------------------------------------------------------------------------------------------- the sum
-def reward(completion: str, numbers: Sequence[int], target: int, *, format_weight: float = 0.2,
-           language_weight: float = 0.0, language: str = "en") -> dict[str, float]:
-    """accuracy + format_weight * format + language_weight * language, under "reward", beside its unweighted parts.
-
-    R1-Zero weights accuracy and format alike (format_weight=1). Our weight is small, so that neat tags around a wrong
-    answer are never worth more than a right answer without them. R1 adds the language reward directly
-    (language_weight=1); at 0 it is only measured. Raises ValueError for a language without a word list."""
-    parts = {"accuracy": accuracy_reward(completion, numbers, target), "format": format_reward(completion),
-             "language": language_reward(completion, language)}
-    total = parts["accuracy"] + format_weight * parts["format"] + language_weight * parts["language"]
-    return {**parts, "reward": total}

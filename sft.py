@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from countdown import STYLES, fill_template
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from machinery.checkpoints import DTYPES, check_device, check_dtype, load
 from machinery.flags import StopRequest, bad_input_exits, check_positive, disk_full_exits, fail, parse_config
@@ -38,6 +39,7 @@ class Config:
     teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
     epochs: int = 1                      # passes over the data
     batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
+    style: str = "tiny"                  # template that a row's prompt is put into: tiny (as it is), base or chat
     optimizer: str = "adamw"             # adamw, or muon for matrices, adamw for the rest (1.7x quicker from scratch)
     learning_rate: float = 5e-5          # AdamW peak; DeepSeek-R1's SFT decays 5e-5 to 5e-6
     muon_learning_rate: float = 0.02     # Muon peak, for 2-D weights that are no embeddings
@@ -63,6 +65,8 @@ class Config:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"got optimizer {self.optimizer!r}, expected adamw or muon")
         check_dtype(self.dtype)
+        if self.style not in STYLES:
+            raise ValueError(f"got style {self.style!r}, expected tiny, base or chat")
         if self.optimizer == "muon" and (self.dtype != "float32" or self.offload_optimizer):
             raise ValueError("got optimizer muon with --dtype bfloat16 or --offload-optimizer, expected fp32 on the "
                              "device; use --optimizer adamw")
@@ -99,13 +103,15 @@ def new_model(name: str, seed: int):
     return model, tokenizer
 
 
-def tokenize(rows: list[dict], tokenizer, path: str) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids with EOS) a row. Raises ValueError with the line number where a field is missing."""
+def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny") -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes. Raises ValueError with the line number where a field is missing."""
     check_rows(rows, path, ("prompt", "completion"), "both")
     examples = []
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
-        prompts, completions = (tokenizer([row[name] for row in rows[start:start + 4096]], add_special_tokens=False)
-                                ["input_ids"] for name in ("prompt", "completion"))
+        texts = [(fill_template(row["prompt"], style, tokenizer), row["completion"]) for row in rows[start:start + 4096]]
+        # a prompt that ends in <think> has that tag already
+        texts = [(prompt, text.removeprefix("<think>" * prompt.endswith("<think>"))) for prompt, text in texts]
+        prompts, completions = (tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*texts))
         examples += [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
     return examples
 
@@ -212,7 +218,7 @@ def start(config: Config):
         if config.teacher:
             teacher, teacher_tokenizer = load(config.teacher, dtype=dtype, device=config.device)
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
-        examples = tokenize(read_jsonl(config.data), tokenizer, config.data)
+        examples = tokenize(read_jsonl(config.data), tokenizer, config.data, config.style)
         random.Random(config.seed).shuffle(examples)
         held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
         if not examples or not held_out:

@@ -1,8 +1,9 @@
-"""Reinforcement learning on Countdown. By default R1-Zero: pure GRPO on a base model, accuracy and format rewards only.
+"""Reinforcement learning on Countdown, or on any task. By default R1-Zero: pure GRPO on a base model, accuracy and format rewards only.
 
     python train_countdown.py                    # 2 CPU cores: 4 to 11 minutes, held-out pass@1 42.2% -> 97.7%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
-    python train_countdown.py --model runs/cold-start/checkpoint --language-weight 0.5 --out runs/rl  # R1's first RL
+    python train_countdown.py --model runs/cold-start/checkpoint --weights language=0.5 --out runs/rl  # R1's first RL
+    python train_countdown.py --task my_questions.jsonl --out runs/mine        # questions of your own: docs/fork-it.md
     python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
     torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
 
@@ -10,7 +11,7 @@ The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; t
 
     1. draw P train problems
     2. sample G completions of each
-    3. reward them: accuracy, format
+    3. reward them: accuracy, format, whatever else the task weighs
     4. advantages: who beat the group's mean, and by how much
     5. log-probs of the same tokens under ref_policy, only with --kl-coef
     6. update the policy on the tokens of all groups that say something (with a KL: of all)
@@ -38,7 +39,6 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from countdown import Puzzle, check_level_and_style, make_prompt, sample_puzzle, sample_puzzles
 from grpo import group_advantages, grpo_loss, token_weights
 from machinery import distributed
 from machinery.batching import aligned, micro_batches, pad_batch, score, token_logprobs
@@ -54,17 +54,18 @@ from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_o
                               stop_on_broken_logprobs)
 from machinery.rollouts import KEPT, Rollout, collect
 from machinery.run_folder import append_jsonl, create_run, read_jsonl
+from machinery.tasks import Task, draw_problems, find_tasks, score_completions, shares
 from preference import load_reward_model, preference_scores
 from rewards import ONLY_IN
 from sampling import complete
-from tasks.general import read_questions, reward_completions, verdict
 
 
 @dataclass(frozen=True)
 class Config:
     # the algorithm
     model: str = "models/tiny-base"  # checkpoint directory or hub id to start from
-    level: str = "laptop"            # puzzles: laptop, laptop4 or tinyzero
+    task: str = "countdown"          # countdown, arithmetic, general, a .py or .jsonl file; several: countdown=3,general=1
+    level: str = ""                  # of the tasks, with commas, as laptop4 of countdown; empty: their first ones
     style: str = "tiny"              # prompt template: tiny, base or chat
     steps: int = 80                  # one batch of fresh completions each, and an optimizer step per inner epoch
     batch_size: int = 256            # completions per step, of all processes; DeepSeek-R1-Zero uses 512
@@ -84,13 +85,11 @@ class Config:
     average: str = "token"           # token, sequence (GRPO as published) or constant (Dr. GRPO): grpo.token_weights
     normalize_std: bool = True       # divide advantages by their group's deviation; Dr. GRPO does not
     drop_truncated: bool = False     # leave truncated completions out of the loss (DAPO's overlong filtering)
-    format_weight: float = 0.2       # reward for the tags, next to 1 for a right answer
-    language_weight: float = 0.0     # reward for the share of words in --language; DeepSeek-R1: 1, r1.py: 0.5
+    weights: str = ""                # of the reward's parts, over the task's own: format=1 (R1-Zero), language=0.5 (R1)
     language: str = "en"             # the language that consistency is measured against
-    general: str = ""                # JSONL of general prompts (tasks.general questions), for the last --general-steps
-    general_steps: int = 0           # last steps that mix them in; DeepSeek-R1: the last 400 of 1,700
-    general_share: float = 0.25      # share of the prompts that is general then
-    preference: str = ""             # reward model (preference.py) that scores the replies to general prompts
+    mix_steps: int = 0               # only so many last steps draw from all tasks, those before from the first; 0: all
+    eval_task: str = ""              # measured in place of --task
+    preference: str = ""             # reward model (preference.py), for tasks that weigh "preference"
     lora_rank: int = 0               # train adapters of this rank on a frozen model (LoRA); 0: all weights
     lora_alpha: float = 32.0         # their scale is lora_alpha / lora_rank
     seed: int = 0                    # train problems, sampling, adapters
@@ -99,7 +98,7 @@ class Config:
     out: str = "runs/zero"           # run folder to create
     resume: str = ""                 # continue this run folder with its own config.json; only CHANGEABLE flags go with it
     eval_every: int = 20             # steps between evaluations on held-out puzzles
-    eval_n: int = 512                # held-out puzzles per evaluation, one sample each
+    eval_n: int = 0                  # held-out problems per evaluation, one sample each; 0: 512, or what the task has
     save_every: int = 20             # steps between checkpoints
     sample_every: int = 5            # steps between samples on the screen
     rollouts: str = "every"          # completions kept in rollouts.jsonl: every, sampled (steps with a sample) or none
@@ -125,17 +124,18 @@ CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts")
                  "--resume RUN takes that flag too")
 def main() -> None:
     config = parse_config(Config, __doc__, presets=PRESETS, changeable=CHANGEABLE)
-    run, questions, judge = start(config)
-    G, policy = config.group_size, run.policy
+    run, tasks, judge = start(config)
+    all_P, G, policy = config.batch_size // config.group_size, config.group_size, run.policy
 
     while run.step < config.steps:
         step_started = time.time()
 
         # 1. train problems, drawn by seed and step alone, so that a resumed run draws the same ones
         rng = random.Random(f"{config.seed}, {run.step}")
-        all_problems = draw_problems(rng, run.step, questions, config)  # all_P of them
+        mixed = not config.mix_steps or run.step >= config.steps - config.mix_steps
+        all_problems = draw_problems(tasks if mixed else tasks[:1], all_P, rng)  # all_P (task, problem) pairs
         problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B: its own P, each G times
-        prompts = [prompt_of(problem, run.tokenizer, config) for problem in problems]  # B
+        prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
 
         # 2. a completion of each of the B prompts, with the log-probs of the policy that sampled them
         with sampling_weights(policy) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
@@ -146,10 +146,9 @@ def main() -> None:
         sampling_seconds = time.time() - step_started
         stop_on_broken_logprobs(completions, run)
 
-        # 3. rewards: a puzzle's accuracy and format, with --language-weight its language; a general prompt's preference
-        parts = reward_completions(problems, prompts, texts, judge, format_weight=config.format_weight,
-                                   language_weight=config.language_weight, language=config.language)  # B
-        rewards = torch.tensor([part["reward"] for part in parts]).view(-1, G)  # (P, G)
+        # 3. rewards: a puzzle's accuracy and format, its language with --weights; a general prompt's preference
+        scores = score_completions(problems, prompts, texts, judge, config.language)  # B
+        rewards = torch.tensor([score.reward for score in scores]).view(-1, G)  # (P, G)
 
         # 4. advantages: how far above or below the mean of its group a completion is
         advantages = group_advantages(rewards, normalize_std=config.normalize_std).flatten()  # (B,)
@@ -172,9 +171,8 @@ def main() -> None:
                 run.ref_policy.load_state_dict(new_policy.state_dict())
 
         # 7. log; now and then evaluate, print a sample, save
-        all_rollouts = distributed.gather(collect(
-            prompts, texts, completions, parts, list(map(verdict, problems, texts)), rewards, advantages, trained,
-            first_group=run.own_groups.start))
+        all_rollouts = distributed.gather(collect(problems, prompts, texts, completions, scores, rewards, advantages,
+                                                  trained, first_group=run.own_groups.start))
         row = log_row(run, all_rollouts, stats, step_started, sampling_seconds, config)
         if run.step % config.eval_every == 0 or run.step == config.steps:
             row |= evaluate_policy(run, config)
@@ -185,26 +183,25 @@ def main() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the beginning
 def check(config: Config) -> None:
-    check_level_and_style(config.level, config.style)
+    tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task)
     if config.average not in ("token", "sequence", "constant"):
         raise ValueError(f"got average {config.average!r}, expected token, sequence or constant")
     check_dtype(config.dtype)
     if config.rollouts not in KEPT:
         raise ValueError(f"got rollouts {config.rollouts!r}, expected one of {', '.join(KEPT)}")
     check_positive(config, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature",
-                   "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "eval_n",
+                   "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every",
                    "save_every", "sample_every")
-    if config.general_steps and not (config.general and config.preference and 0 < config.general_share <= 1):
-        raise ValueError(f"got general_steps {config.general_steps}, expected with it --general FILE.jsonl, "
-                         "--preference MODEL and a general_share within (0, 1]")
+    if any("preference" in task.weights for task in tasks) and not config.preference:
+        raise ValueError(f"got --task {config.task}, which weighs preference, expected with it --preference MODEL: "
+                         "python preference.py makes one")
     if not 0 <= config.final_lr <= 1 or config.warmup_steps < 1:
         raise ValueError(f"got final_lr {config.final_lr} and warmup_steps {config.warmup_steps}, expected a share "
                          "within [0, 1] and at least 1 step")
     if config.language not in ONLY_IN:
         raise ValueError(f"got language {config.language!r}, expected one of {', '.join(ONLY_IN)}")
-    if min(config.format_weight, config.language_weight, config.weight_decay) < 0 or config.batch_size < 2:
-        raise ValueError("expected format_weight, language_weight and weight_decay of at least 0, batch_size of at "
-                         "least 2")
+    if min(config.weight_decay, config.mix_steps, config.eval_n) < 0 or config.batch_size < 2:
+        raise ValueError("expected weight_decay, mix_steps and eval_n of at least 0, batch_size of at least 2")
     if config.group_size < 2:
         raise ValueError(f"got group_size {config.group_size}, expected at least 2: a group of one has no advantage")
     if config.batch_size % config.group_size:
@@ -212,6 +209,7 @@ def check(config: Config) -> None:
                       key=lambda size: abs(size - config.group_size))
         raise ValueError(f"got group_size {config.group_size}, which must divide batch_size {config.batch_size}; "
                          f"try {nearest}")
+    shares(tasks, config.batch_size // config.group_size)
     if config.lora_rank < 0 or config.lora_rank and (config.fsdp or config.ref_every):
         raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and without --fsdp (adapters are "
                          "too small to split) and --ref-every (the frozen model is the reference)")
@@ -222,16 +220,17 @@ def check(config: Config) -> None:
 
 
 def start(config: Config):
-    """-> (run, general questions, the reward model that judges replies to them or None). What can be wrong with the
-    input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
+    """-> (run, tasks, the reward model that judges completions of tasks that weigh "preference" or None). What can be
+    wrong with the input is reported here, before anything is written; a new run is evaluated and saved before its first
+    step."""
     with bad_input_exits():
-        run = open_run(config)
-        held_out = sample_puzzles(config.eval_n, level=config.level, held_out=True, seed=0)  # do they fit the context?
-        prompts = [make_prompt(puzzle, config.style, run.tokenizer) for puzzle in held_out]
-        questions, judge = [], None
-        if config.general_steps:
-            questions = read_questions(config.general)
-            prompts += [question["prompt"] for question in questions]
+        run, judge = open_run(config), None
+        tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task)
+        prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
+                   for problem in task.problems(config.eval_n, "test", seed=0)]  # do they fit the context?
+        prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in
+                    draw_problems(tasks, config.batch_size // config.group_size, random.Random(seed))]
+        if any("preference" in task.weights for task in tasks):
             judge = partial(preference_scores, *load_reward_model(config.preference, dtype=DTYPES[config.dtype],
                                                                   device=run.device))
         longest = max(map(len, run.tokenizer(prompts, add_special_tokens=False)["input_ids"]))
@@ -250,22 +249,10 @@ def start(config: Config):
             append_jsonl(run.folder / "metrics.jsonl", {"step": 0, **before})
         save(run, config)
     run.bar = tqdm(total=config.steps, initial=run.step, desc="grpo", disable=not run.first_rank)
-    return run, questions, judge
+    return run, tasks, judge
 
 
 # ----------------------------------------------------------------------------------------------------- one optimizer step
-def draw_problems(rng: random.Random, step: int, questions: list[dict], config: Config) -> list:
-    """all_P problems: train puzzles; in R1's last steps some of them are general prompts instead."""
-    all_P = config.batch_size // config.group_size
-    general = max(1, round(config.general_share * all_P)) if step >= config.steps - config.general_steps else 0
-    problems = [sample_puzzle(rng, config.level, held_out=False) for _ in range(all_P - general)]
-    return problems + (rng.choices(questions, k=general) if general else [])
-
-
-def prompt_of(problem, tokenizer, config: Config) -> str:
-    return make_prompt(problem, config.style, tokenizer) if isinstance(problem, Puzzle) else problem["prompt"]
-
-
 def with_gradient(advantages, completions, config: Config) -> list[int]:
     """Which of the B completions are trained on: without a KL none of a group whose advantages are all zero, which has no
     gradient and need not be computed; with --drop-truncated none that is truncated. advantages (B,), or (B, M) where
@@ -349,19 +336,26 @@ def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logp
 
 # ------------------------------------------------------------------------------------------------------ measure and tell
 def evaluate_policy(run: Run, config: Config) -> dict:
-    """All ranks: held-out pass@1 and what completions look like, with the same puzzles and random numbers every time.
-    The first rank measures; the others wait for it and get an empty table."""
-    started, table = time.time(), {}
+    """All ranks: held-out pass@1 and what completions look like, with the same problems and random numbers every time;
+    of a second task under eval_NAME_pass@1. The first rank measures; the others wait for it and get an empty table."""
+    started, found = time.time(), {}
     with sampling_weights(run.policy) as policy:
-        if run.first_rank:
+        for i, task in enumerate(evaluated_tasks(config) if run.first_rank else ()):
             table, _ = evaluate.evaluate(policy, run.tokenizer, evaluate.Config(
-                level=config.level, style=config.style, n=config.eval_n, temperature=config.temperature,
+                task=task.spec, level=task.level, style=config.style, n=config.eval_n, temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens, slots=config.slots, language=config.language))
-            tqdm.write(f"step {run.step}: held-out pass@1 {table['pass@1']:.1%}, "
-                       f"{table['completion_tokens']:.0f} tokens a completion")
+            tqdm.write(f"step {run.step}: held-out pass@1 {table['pass@1']:.1%}, {table['completion_tokens']:.0f} tokens "
+                       f"a completion{f', {task.name}' if i else ''}")
+            found |= {f"eval_{f'{task.name}_' if i else ''}{name}": value for name, value in table.items()}
         distributed.barrier()
     run.evaluation_seconds = time.time() - started
-    return {f"eval_{name}": value for name, value in table.items()}
+    return found
+
+
+def evaluated_tasks(config: Config) -> list[Task]:
+    """Those of --eval-task or --task that a rule can judge."""
+    tasks = find_tasks(config.eval_task or config.task, config.level, "", config.style, config.task)
+    return [task for task in tasks if "accuracy" in task.weights] or list(tasks)
 
 
 def log_row(run: Run, rollouts: list[Rollout], stats: dict, step_started: float, sampling_seconds: float,

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from countdown import make_prompt, sample_puzzle
+import countdown
+from countdown import WEIGHTS, Puzzle, make_prompt, sample_puzzle
 from grpo import grpo_loss
 from machinery.batching import pad_batch, token_logprobs
 from machinery.flags import fail
-from rewards import reward
 from sampling import sample
 
 
@@ -173,7 +173,8 @@ def time_trl_steps(config, directory: Path) -> list[float]:
 
     def score(completions, completion_ids, numbers, target, **_):
         tokens.append(sum(map(len, completion_ids)))
-        return [reward(*row)["reward"] for row in zip(completions, numbers, target)]
+        parts = [countdown.score(Puzzle(*row[1:]), row[0])[0] for row in zip(completions, numbers, target)]
+        return [sum(WEIGHTS[name] * part for name, part in row.items()) for row in parts]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from countdown import Puzzle, make_prompt, reachable
+from countdown import Puzzle, reachable
 from experiments.scorer import score_positions
 from grpo import group_advantages
 from machinery.rl_run import log, sampling_weights, save_or_stop, stop_on_broken_gradient, stop_on_broken_logprobs
 from machinery.rollouts import collect
+from machinery.tasks import draw_problems, score_completions
 from rewards import accuracy_reward
 from sampling import complete
-from tasks.general import reward_completions, verdict
-from train_countdown import draw_problems, evaluate_policy, finish, log_row, loss_divisor, start, update, with_gradient
+from train_countdown import evaluate_policy, finish, log_row, loss_divisor, start, update, with_gradient
 
 HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
 
@@ -136,30 +136,29 @@ def line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome
 
 def train_on_lines(config, scorer, tokenizer, arm: tuple, go_on: str) -> None:
     """train_countdown.main() with advantages a token; config is train_countdown.Config."""
-    run, _, _ = start(config)
+    run, tasks, _ = start(config)
+    G = config.group_size
     while run.step < config.steps:
         step_started, rng = time.time(), random.Random(f"{config.seed}, {run.step}")
-        puzzles = [puzzle for puzzle in draw_problems(rng, run.step, [], config) for _ in range(config.group_size)]  # B
-        prompts = [make_prompt(puzzle, config.style, tokenizer) for puzzle in puzzles]
+        problems = [drawn for drawn in draw_problems(tasks, config.batch_size // G, rng) for _ in range(G)]  # B
+        prompts = [task.prompt(puzzle, config.style, tokenizer) for task, puzzle in problems]
         with sampling_weights(run.policy) as old_policy:
             prompt_ids, completions, texts = complete(
                 old_policy, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=rng.getrandbits(32), slots=config.slots)
         sampling_seconds = time.time() - step_started
         stop_on_broken_logprobs(completions, run)
-        parts = reward_completions(puzzles, prompts, texts, None, format_weight=config.format_weight,
-                                   language_weight=config.language_weight, language=config.language)
-        rewards = torch.tensor([part["reward"] for part in parts]).view(-1, config.group_size)  # (P, G)
+        scores = score_completions(problems, prompts, texts, None, config.language)
+        rewards = torch.tensor([score.reward for score in scores]).view(-1, G)  # (P, G)
         outcome = group_advantages(rewards, normalize_std=config.normalize_std)  # (P, G)
-        advantages, of_lines = line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome,
-                                               arm)  # (B, T)
+        advantages, of_lines = line_advantages(scorer, tokenizer, [puzzle for _, puzzle in problems], prompt_ids,
+                                               completions, outcome, arm)  # (B, T)
         trained = with_gradient(advantages, completions, config)
         stats = update(run, [(prompt_ids[i], completions[i]) for i in trained], advantages[trained], None,
                        loss_divisor(completions, config), config)
         stop_on_broken_gradient(stats["gradient_norm"], run, config)
         run.step += 1
-        rollouts = collect(prompts, texts, completions, parts, list(map(verdict, puzzles, texts)), rewards, advantages,
-                           trained, first_group=0)
+        rollouts = collect(problems, prompts, texts, completions, scores, rewards, advantages, trained, first_group=0)
         row = log_row(run, rollouts, stats, step_started, sampling_seconds, config) | of_lines
         if run.step % config.eval_every == 0 or run.step == config.steps:
             row |= evaluate_policy(run, config)

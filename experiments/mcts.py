@@ -30,8 +30,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from countdown import Puzzle, make_prompt, sample_puzzles
-from evaluate import answer_value
+from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
 from experiments.scorer import (best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
                                 score_positions, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages,

@@ -16,7 +16,8 @@ the second reason is gone, and the other two can be measured:
     python -m experiments.prm --seed 0         # one seed, a terminal each; then without --seed for the picture
     python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 
-Traces for training are of train puzzles, everything that is reported is on held-out ones.
+Traces for training are of train puzzles, everything that is reported is on held-out ones. Lines are Countdown's own, so
+this study knows no other task; nor does mcts.py.
 """
 
 import random
@@ -28,8 +29,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import train_countdown
-from countdown import make_prompt, sample_puzzles
-from evaluate import answer_value
+from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
 from experiments.scorer import best, choose_from_n, held_out_puzzles, mean_curves, reliability, train_scorer, vote
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, sample_groups,

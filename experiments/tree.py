@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from countdown import Puzzle, make_prompt
-from evaluate import answer_value
+from countdown import Puzzle, answer_value, make_prompt
 from experiments.scorer import best, vote
 from machinery.checkpoints import end_tokens
 from sampling import sample

@@ -17,6 +17,8 @@ matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 from matplotlib.ticker import LogLocator, PercentFormatter  # noqa: E402
 
+from machinery.tasks import find_tasks  # noqa: E402
+
 PANELS = (  # title, metric of the training completions, held-out metric or None, share (drawn from 0 to 1) or not
     ("accuracy", "accuracy", "eval_pass@1", True),
     ("format", "format", "eval_format", True),
@@ -34,9 +36,26 @@ def read_metrics(run) -> list[dict]:
     if not path.exists():
         raise FileNotFoundError(f"got {run} without metrics.jsonl; expected the folder of a reinforcement learning run")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not any("accuracy" in row or "eval_pass@1" in row for row in rows):
-        raise ValueError(f"got {path} without accuracy or eval_pass@1; expected the log of train_countdown.py")
+    if not any("eval_pass@1" in row for row in rows):
+        raise ValueError(f"got {path} without eval_pass@1; expected the log of train_countdown.py")
     return rows
+
+
+def panels_of(run) -> tuple:
+    """PANELS, and one for each reward part that they lack and for each other task of the run."""
+    more = []
+    try:
+        config = json.loads((Path(run) / "config.json").read_text())
+        tasks = find_tasks(config["task"], config["level"], config["weights"], config["style"], config["eval_task"])
+    except (OSError, KeyError, ValueError):  # an older run, or the task's file has moved
+        return PANELS
+    for i, task in enumerate(tasks):
+        prefix = f"{task.name}_" if i else ""
+        if i and "accuracy" in task.weights:
+            more.append((f"{task.name}: accuracy", f"{prefix}accuracy", f"eval_{prefix}pass@1", True))
+        more += [(f"{task.name}: {part}", f"{prefix}{part}", f"eval_{prefix}{part}", False) for part in task.weights
+                 if part not in ("accuracy", "format", "language")]
+    return *PANELS, *more
 
 
 def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -48,8 +67,11 @@ def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float],
 
 
 def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
-    """One figure of eight panels against steps. Thin: the step's own training completions; dots: held-out puzzles."""
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), constrained_layout=True)
+    """One figure of panels against steps. Thin: the step's own training completions; dots: held-out problems."""
+    rows = -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.1 * rows), constrained_layout=True)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for axis, (title, train, held_out, share) in zip(axes.flat, panels):
         for i, (label, groups) in enumerate(lines.items()):
@@ -69,7 +91,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
             axis.set_ylim(-0.03, 1.03) if title != "truncated" else axis.set_ylim(bottom=0)
         else:
             axis.set_ylim(bottom=0)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     if len(lines) > 3:  # too many for a panel
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))
@@ -80,7 +102,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
 
 def plot_run(run) -> Path:
     """RUN/curve.png."""
-    return plot_lines({Path(run).name: [read_metrics(run)]}, Path(run) / "curve.png")
+    return plot_lines({Path(run).name: [read_metrics(run)]}, Path(run) / "curve.png", panels_of(run))
 
 
 def plot_growth(growth: dict, out, title: str) -> Path:
@@ -146,7 +168,7 @@ def plot_hacking(runs: list[list[dict]], out) -> Path:
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
     for axis, name, label, colour in (
             (axes[0], "preference", "reward model's score (what it trains on)", "tab:orange"),
-            (axes[1], "general_good", "replies that are good by the rule", "tab:blue"),
+            (axes[1], "good", "replies that are good by the rule", "tab:blue"),
             (axes[2], "eval_pass@1", "held-out puzzles: pass@1", "tab:green")):
         steps, mean, low, high = series(runs, name)
         if len(steps) > 20:

@@ -134,11 +134,12 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
         minutes = ((config.steps - run.step) * row["seconds"] + evaluations * run.evaluation_seconds) / 60
         tqdm.write(f"the first step took {row['seconds']:.1f} s here: about {minutes:.0f} minutes for all {config.steps}")
     run.bar.update()
-    run.bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row.get('accuracy', math.nan):.0%}",
-                        length=f"{row['completion_tokens']:.0f}", tokens_per_s=f"{row['tokens_per_second']:,.0f}")
+    accuracy = {"accuracy": f"{row['accuracy']:.0%}"} if "accuracy" in row else {}
+    run.bar.set_postfix(reward=f"{row['reward']:.2f}", **accuracy, length=f"{row['completion_tokens']:.0f}",
+                        tokens_per_s=f"{row['tokens_per_second']:,.0f}")
     shown = run.step % config.sample_every == 0 or run.step == 1
     if shown:
-        tqdm.write(f"--- step {run.step}, reward {rollouts[0].parts['reward']:.2f}")
+        tqdm.write(f"--- step {run.step}, reward {rollouts[0].score.reward:.2f}")
         tqdm.write(rollouts[0].prompt.removesuffix("<think>") + rollouts[0].text + "\n")
     if config.rollouts == "every" or config.rollouts == "sampled" and shown:
         append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))

@@ -23,11 +23,11 @@ WIDTH = 80
 @dataclass(frozen=True)
 class Rollout:
     group: int                      # number of its prompt within the step
+    task: str
     prompt: str
     text: str                       # of the completion, as the rewards read it
     completion: object              # sampling.Completion: token ids, log-probs, truncated or not
-    parts: dict                     # what it was paid for, and their weighted sum "reward"
-    verdict: str                    # correct, or why not
+    score: object                   # tasks.Score: reward, its parts, what is watched, verdict
     group_mean: float               # of the rewards of its group
     group_std: float
     advantage: float | list[float]  # of the completion, or of each of its tokens
@@ -35,19 +35,20 @@ class Rollout:
 
     def row(self, step: int) -> dict:
         """The line of rollouts.jsonl."""
-        return {"step": step, "group": self.group, "prompt": self.prompt, "completion": self.text, **self.parts,
-                "verdict": self.verdict, "group_mean": self.group_mean, "group_std": self.group_std,
+        return {"step": step, "group": self.group, "task": self.task, "prompt": self.prompt, "completion": self.text,
+                "reward": self.score.reward, "parts": self.score.parts, "watched": self.score.watched,
+                "verdict": self.score.verdict, "group_mean": self.group_mean, "group_std": self.group_std,
                 "advantage": self.advantage, "trained": self.trained, "truncated": self.completion.truncated,
                 "token_ids": self.completion.token_ids,
                 "logprobs": [round(logprob, 6) for logprob in self.completion.logprobs]}
 
 
-def collect(prompts, texts, completions, parts, verdicts, rewards, advantages, trained,
+def collect(problems, prompts, texts, completions, scores, rewards, advantages, trained,
             first_group: int) -> list[Rollout]:
-    """Lists of B, rewards (P, G), advantages (B,) or (B, T), indices of those trained on -> B rollouts."""
+    """Lists of B, problems as (task, problem), rewards (P, G), advantages (B,) or (B, T), indices of those trained on -> B rollouts."""
     size, trained = rewards.shape[1], set(trained)
     means, stds = rewards.mean(dim=1).tolist(), rewards.std(dim=1, correction=0).tolist()
-    return [Rollout(first_group + i // size, prompts[i], texts[i], completions[i], parts[i], verdicts[i],
+    return [Rollout(first_group + i // size, problems[i][0].name, prompts[i], texts[i], completions[i], scores[i],
                     means[i // size], stds[i // size],
                     advantage[:len(completions[i].token_ids)] if isinstance(advantage, list) else advantage, i in trained)
             for i, advantage in enumerate(advantages.tolist())]
@@ -91,8 +92,7 @@ def describe_completions(group: list[dict]) -> str:
     """The completions of one group in full."""
     lines = [*wrapped(group[0]["prompt"].strip())]
     for row in sorted(group, key=lambda row: -row["reward"]):
-        parts = {name: value for name, value in row.items() if name in ("accuracy", "format", "language", "preference")}
-        words = ", ".join(f"{name} {value:.2g}" for name, value in parts.items())
+        words = ", ".join(f"{name} {value:.2g}" for name, value in row["parts"].items())
         lines += ["", *textwrap.wrap(f"--- reward {row['reward']:.2f} ({words}), advantage "
                                      f"{overall(row['advantage']):+.2f}: {row['verdict']}", WIDTH)]
         for line in row["completion"].splitlines():

@@ -11,6 +11,7 @@ killed goes on from its last checkpoint. What a new run replaces is moved aside 
 import hashlib
 import importlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 from machinery.flags import fail
 from machinery.run_folder import saved_checkpoint, write_whole
 
-INPUT_FLAGS = ("--model", "--data", "--general", "--preference", "--non-cot", "--teacher")  # what they name is an input
+INPUT_FLAGS = ("--model", "--data", "--preference", "--non-cot", "--teacher")  # what they name is an input
 RESUMABLE = ("train_countdown", "sft")
 
 
@@ -66,7 +67,10 @@ class Stage:
 
     @property
     def inputs(self) -> list[str]:
-        return [value for flag, value in zip(self.flags, self.flags[1:]) if flag in INPUT_FLAGS]
+        given = [value for flag, value in zip(self.flags, self.flags[1:]) if flag in INPUT_FLAGS]
+        tasks = [name for flag, value in zip(self.flags, self.flags[1:]) if flag == "--task"
+                 for name in re.split("[,=]", value) if name.endswith((".py", ".jsonl"))]
+        return given + tasks
 
 
 def fingerprint(path) -> str:

@@ -1,16 +1,15 @@
-"""General prompts: greetings, small talk and direct arithmetic, which want a reply and no search. Their good replies,
-their bad ones, and the three files that the later stages of R1 read.
+"""General prompts: greetings, small talk and direct arithmetic, which want a reply and no search. A task like any other,
+but no rule pays for its replies: a reward model scores them (preference.py). And the files that later stages of R1 read.
 
-    python -m tasks.general questions --n 400 --out data/questions.jsonl  # prompts, good replies: RL on all prompts
-    python -m tasks.general replies --n 1500 --out data/replies.jsonl     # prompt, completion: the "200k" of SFT
-    python -m tasks.general pairs --n 6000 --out data/pairs.jsonl         # prompt, chosen, rejected: for preference.py
+    python train_countdown.py --task countdown=3,general=1 --preference MODEL ...       # RL on all prompts
+    python -m tasks.general replies --n 1500 --out data/replies.jsonl  # prompt, completion: the "200k" non-CoT part of SFT
+    python -m tasks.general pairs --n 6000 --out data/pairs.jsonl      # prompt, chosen, rejected: for preference.py
 
 DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200k others, among them simple queries such
 as "hello", for which no chain of thought is given. Section 2.3.4: reward models score general prompts.
 
 The tiny model's world is small enough to know every good reply, so is_good is a rule, the truth beside the reward
-model's opinion. For a real checkpoint bring files of your own with the same fields; rows without "good" are not judged
-by the rule. No torch in here.
+model's opinion. For a real checkpoint bring prompts of your own (tasks/questions.py). No torch in here.
 """
 
 import argparse
@@ -18,8 +17,8 @@ import json
 import random
 from pathlib import Path
 
-from countdown import Puzzle
-from rewards import TAGS, extract_answer, reward, verify
+from countdown import split_of
+from rewards import TAGS
 
 SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "hello": (("hello, how can i help you?", "hello, nice to see you!"), ("go away", "what do you want?")),
@@ -95,101 +94,72 @@ def is_good(completion: str, good: list[str]) -> bool:
     return not needless_thinking(completion) and completion.strip() in good
 
 
-def reward_completions(problems: list, prompts: list[str], texts: list[str], judge, **weights) -> list[dict]:
-    """The parts of each completion's reward, of a step that mixes puzzles with general prompts.
-
-    problems holds a Puzzle or a question's row for each completion. A puzzle is rewarded by rules (rewards.reward, which
-    takes the weights); a general prompt with judge(prompts, texts), the reward model's scores. Beside that stands, only
-    to be watched, whether the reply is good by the rule and whether it thinks."""
-    general = [i for i, problem in enumerate(problems) if not isinstance(problem, Puzzle)]
-    scores = dict(zip(general, judge([prompts[i] for i in general], [texts[i] for i in general]))) if general else {}
-    parts = []
-    for i, (problem, text) in enumerate(zip(problems, texts)):
-        if i not in scores:
-            parts.append(reward(text, *problem, **weights))
-            continue
-        parts.append({"reward": scores[i], "preference": scores[i], "general_thinking": needless_thinking(text)})
-        if "good" in problem:
-            parts[i]["general_good"] = is_good(text, problem["good"])
-    return parts
+LEVELS = {"tiny world": None}
+WEIGHTS = {"preference": 1.0}  # the reward model's score; the rule only watches
 
 
-def verdict(problem, text: str) -> str:
-    """One line on a completion, for people: correct, or why not; of a general prompt what the rule says."""
-    if isinstance(problem, Puzzle):
-        return verify(extract_answer(text), *problem)[1]
-    if "good" not in problem:
-        return "no rule for this prompt"
-    return "good by the rule" if is_good(text, problem["good"]) else "not good by the rule"
+def draw(rng: random.Random, level: str, split: str) -> dict:
+    """A row of draw_question. The split is that of RL alone: the tiny base and SFT have read all of them."""
+    while True:
+        problem = draw_question(rng)
+        if split_of(key(problem)) == split:
+            return problem
 
 
-def question_prompt(prompt: str, style: str, tokenizer=None) -> str:
-    """A general prompt as a model of this style reads it; the base style asks for thinking, so it knows none."""
-    if style == "tiny":
-        return prompt
-    if style == "chat":
-        return tokenizer.apply_chat_template([{"role": "user", "content": prompt.strip()}], tokenize=False,
-                                             add_generation_prompt=True)
-    raise ValueError(f"got general prompts with style {style!r}, expected tiny or chat")
+def key(problem: dict) -> str:
+    return problem["prompt"]
 
 
-def read_questions(path: str) -> list[dict]:
-    """Rows with "prompt" and, as far as it is known, "good". Raises ValueError with the line number."""
-    from machinery.run_folder import check_rows, read_jsonl  # brings torch along, which the corpus does not need
-    rows = read_jsonl(path)
-    check_rows(rows, path, ("prompt",), '{"prompt": ..., "good": [...]} as python -m tasks.general questions writes it')
-    if not rows:
-        raise ValueError(f"got {path} without a row; python -m tasks.general questions --out {path} writes some")
-    return rows
+def question(problem: dict, style: str) -> str:
+    if style == "base":
+        raise ValueError("got general prompts with style 'base', expected tiny or chat: a base prompt asks for thinking")
+    return problem["prompt"]
 
 
-def write_rows(what: str, n: int, seed: int, style: str = "tiny", tokenizer=None) -> list[dict]:
-    """questions: prompts with their good replies. replies: a good one each. pairs: a good reply and a flawed one.
+def score(problem: dict, text: str) -> tuple[dict[str, float], str]:
+    return {}, "correct" if is_good(text, problem["good"]) else "not good by the rule"
 
-    A row's prompt is what the model reads, chat template included."""
+
+def gold(problem: dict) -> str:
+    return problem["good"][0]
+
+
+def watch(problem: dict, text: str) -> dict[str, float]:
+    return {"good": float(is_good(text, problem["good"])), "thinking": float(needless_thinking(text))}
+
+
+def write_rows(what: str, n: int, seed: int) -> list[dict]:
+    """replies: prompts with a good one each. pairs: a good reply and a flawed one. Prompts are words, without a template."""
     rng = random.Random(f"{what}, {seed}")
     questions = [draw_question(rng) for _ in range(n)]
-    if what == "questions":
-        return [{**question, "prompt": question_prompt(question["prompt"], style, tokenizer)} for question in questions]
     rows = []
     for question in questions:
-        prompt, reply = question_prompt(question["prompt"], style, tokenizer), rng.choice(question["good"])
+        reply = rng.choice(question["good"])
         if what == "replies":
-            rows.append({"prompt": prompt, "completion": reply, "kind": question["kind"],
+            rows.append({"prompt": question["prompt"], "completion": reply, "kind": question["kind"],
                          "language": question["language"], "source": "general.py"})
         else:
             flaw = rng.choice([f for f in FLAWS if f != ("rude" if question["kind"] == "arithmetic" else "wrong")])
-            rows.append({"prompt": prompt, "chosen": reply, "rejected": flawed(question, reply, flaw, rng),
-                         "flaw": flaw, "kind": question["kind"]})
+            rows.append({"prompt": question["prompt"], "chosen": reply,
+                         "rejected": flawed(question, reply, flaw, rng), "flaw": flaw, "kind": question["kind"]})
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.general", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("questions", "replies", "pairs"))
+    parser.add_argument("what", choices=("replies", "pairs"))
     parser.add_argument("--n", type=int, default=1000, help="rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--style", default="tiny", choices=("tiny", "chat"), help="prompt template")
-    parser.add_argument("--model", default="", help="with --style chat: the checkpoint whose chat template it is")
     parser.add_argument("--out", required=True, help="JSONL file to write")
     args = parser.parse_args(arguments)
-    from machinery.run_folder import write_whole
+    from machinery.run_folder import write_whole  # brings torch along, which the corpus does not need
     path = Path(args.out)
     if args.n < 1:
         parser.error(f"got --n {args.n}, expected at least 1")
     if path.exists():
         parser.error(f"got --out {path}, which exists and is never overwritten; name another file or delete it")
-    tokenizer = None
-    if args.style == "chat":
-        from transformers import AutoTokenizer
-
-        from machinery.checkpoints import find_directory
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(find_directory(args.model))
-        except (OSError, ValueError) as error:
-            parser.error(f"got --style chat with --model {args.model!r}: {error}")
-    rows = write_rows(args.what, args.n, args.seed, args.style, tokenizer)
+    rows = write_rows(args.what, args.n, args.seed)
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} {args.what} in {path}")
 

@@ -14,8 +14,8 @@ import pytest
 
 import corpus
 import countdown
-from countdown import Level, Puzzle, is_held_out, make_prompt, sample_puzzle, sample_puzzles, solve
-from evaluate import count_backtracks, reflection_words
+from countdown import Level, Puzzle, count_backtracks, is_held_out, make_prompt, sample_puzzle, sample_puzzles, solve
+from evaluate import reflection_words
 from rewards import accuracy_reward, chain_of_thought, extract_answer, format_reward, parse_expression, verify
 from tasks.general import needless_thinking
 

@@ -3,6 +3,8 @@ where they must be known."""
 
 import json
 import math
+import random
+import re
 import sys
 from itertools import combinations
 
@@ -11,9 +13,11 @@ import torch
 
 import evaluate
 import sft
-from countdown import Puzzle, is_held_out, make_prompt, sample_puzzles, solve
-from evaluate import Config, describe, few_shot_examples, majority_answer, pass_at_k, wilson_interval
+import corpus
+from countdown import Puzzle, is_held_out, make_prompt, sample_puzzles, solve, vote, watch
+from evaluate import Config, looks, pass_at_k, wilson_interval
 from machinery.checkpoints import save
+from machinery.tasks import find_tasks
 from rewards import accuracy_reward, format_reward
 from sampling import Completion
 
@@ -99,31 +103,32 @@ def test_pass_at_k_equals_the_share_of_all_draws(n):
 def test_majority_vote_by_hand(expressions, winner):
     """Puzzle 3 4 5. A voter's value counts, not its text; whoever has no valid expression over the puzzle's numbers has
     no vote."""
-    assert majority_answer([answer(expression) for expression in expressions], (3, 4, 5)) == winner
+    assert vote(Puzzle((3, 4, 5), 27), [answer(expression) for expression in expressions]) == winner
 
 
 def test_only_one_final_answer_votes():
     texts = [answer("3*4+5") + "<answer>3*4+5</answer>", "3*4+5", "<think>3*4+5", answer("4*5+3")]
-    assert majority_answer(texts, (3, 4, 5)) == "4*5+3"
+    assert vote(Puzzle((3, 4, 5), 27), texts) == "4*5+3"
 
 
 def test_the_vote_never_sees_the_target():
-    """Its arguments are texts and numbers; the same votes give the same winner, whatever had to be made."""
+    """The same votes give the same winner, whatever had to be made."""
     texts = [answer("(4+5)*3"), answer("4*5+3"), answer("5*4+3")]
-    assert majority_answer(texts, (3, 4, 5)) == majority_answer(texts, (5, 4, 3)) == "4*5+3"
-    with pytest.raises(TypeError):
-        majority_answer(texts, (3, 4, 5), 27)
+    assert {vote(Puzzle(numbers, target), texts) for numbers in ((3, 4, 5), (5, 4, 3)) for target in (27, 23, 1)} == {
+        "4*5+3"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- looks
-def test_describe_takes_means_over_completions():
-    """Of two completions one is well formed, one cut off after 9 tokens with two failed lines, two "wait" and a German
-    word."""
+def test_looks_are_means_over_completions():
+    """Of two completions one is cut off after 9 tokens with two failed lines, two "wait" and a German word."""
     texts = ["<think>\n4+5=9,9 3:9*3=27?27 yes\n</think>\n<answer>(4+5)*3</answer>",
              "<think>\n5-4=1,?27 no wait,\n4-3=1, wait, nein\n5+4=9"]
-    row = describe(texts, [Completion([1] * 5, [], truncated=False), Completion([1] * 9, [], truncated=True)])
-    assert row == {"format": 0.5, "completion_tokens": 7.0, "truncated": 0.5, "verifications": 1.0, "backtracks": 1.0,
-                   "reflection_words": 1.0, "language": (1 + 3 / 4) / 2, "mixed": 0.5}
+    row = looks(texts, [Completion([1] * 5, [], truncated=False), Completion([1] * 9, [], truncated=True)])
+    assert row == {"completion_tokens": 7.0, "truncated": 0.5, "reflection_words": 1.0, "language": (1 + 3 / 4) / 2,
+                   "mixed": 0.5}
+    puzzle = Puzzle((3, 4, 5), 27)
+    assert [watch(puzzle, text) for text in texts] == [{"verifications": 1, "backtracks": 0},
+                                                       {"verifications": 1, "backtracks": 2}]
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -179,17 +184,19 @@ def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler)
 def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
     calls = fake_sampler(lambda prompt, i: "")
     evaluate.evaluate(None, None, Config(n=3, shots=2))
-    examples = few_shot_examples(2, "tiny", "laptop", 0)
-    shots = "".join(make_prompt(example) + text + "\n\n" for example, text in examples)
+    shots = "".join(prompt + text + "\n\n" for prompt, text in corpus.examples(random.Random(0), "laptop", 2))
     assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, held_out=True, seed=0)]
 
 
 @pytest.mark.parametrize("style, level", (
     ("tiny", "laptop"), ("tiny", "laptop4"), ("base", "tinyzero"), ("chat", "laptop")))
 def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
-    for puzzle, text in few_shot_examples(12, style, level, seed=3):
-        assert not is_held_out(puzzle)
-        assert accuracy_reward(text, *puzzle) == format_reward(text) == 1.0
+    task, = find_tasks("countdown", level)
+    examples = corpus.examples(random.Random(3), level, 12) if style == "tiny" else task.examples(12, style, 3)
+    for question, text in examples:
+        *numbers, target = map(int, re.findall(r"\d+", question.split("(1+2)/3")[0].replace("each number exactly once", "")))
+        assert not is_held_out(Puzzle(tuple(numbers), target))
+        assert accuracy_reward(text, numbers, target) == format_reward(text) == 1.0
 
 
 @pytest.mark.parametrize("settings", ({}, {"temperature": 0.0}, {"top_p": 0.9, "temperature": 0.6}, {"samples": 4}))
@@ -214,7 +221,7 @@ def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, mo
                                       "--max-new-tokens", "8", "--show", "3", "--json", str(tmp_path / "table.json")])
     evaluate.main()
     out = capsys.readouterr().out
-    assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 puzzles x 2)" in out
+    assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 problems x 2)" in out
     assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks",
                                         "reflection_words", "language", "needless_thinking"))
     assert out.count("=> ") == 3

@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_countdown
+from countdown import fill_template
 from machinery.checkpoints import load, save
-from machinery.run_folder import append_jsonl, read_jsonl
+from machinery.run_folder import read_jsonl
 from preference import RewardModel, save_reward_model
-from tasks import general
-from tasks.general import write_rows
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}make{% endif %}"
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
@@ -21,16 +20,15 @@ TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 
 @pytest.fixture(scope="module", params=("tiny", "chat"))
 def world(request, base, tmp_path_factory):
-    """-> (style, model directory, questions, reward model directory). A chat model is one with a template."""
+    """-> (style, model directory, reward model directory). A chat model is one with a template."""
     folder = tmp_path_factory.mktemp(request.param)
     model, tokenizer = load(base)
     if request.param == "chat":
         tokenizer.chat_template = TEMPLATE
     save(model, tokenizer, folder / "model")
-    append_jsonl(folder / "questions.jsonl", *write_rows("questions", 40, 0, request.param, tokenizer))
     torch.manual_seed(0)
     save_reward_model(RewardModel(model), tokenizer, folder / "judge")
-    return request.param, folder / "model", folder / "questions.jsonl", folder / "judge"
+    return request.param, folder / "model", folder / "judge"
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +41,9 @@ def quiet_machine(monkeypatch):
 
 
 def flags(world, out, **more) -> list[str]:
-    style, model, questions, judge = world
-    settings = dict(model=model, style=style, general=questions, preference=judge, out=out, steps=3, general_steps=2,
-                    batch_size=16, group_size=4, max_new_tokens=16, learning_rate=1e-2, eval_n=8, eval_every=9,
+    style, model, judge = world
+    settings = dict(model=model, style=style, task="countdown=3,general=1", preference=judge, out=out, steps=3,
+                    mix_steps=2, batch_size=16, group_size=4, max_new_tokens=16, learning_rate=1e-2, eval_n=8, eval_every=9,
                     save_every=1, sample_every=1) | more
     return ["train_countdown.py", *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items())]
 
@@ -55,20 +53,24 @@ def rows_of(run) -> list[dict]:
             for row in read_jsonl(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("share, of_four", ((0.01, 1), (0.5, 2), (1.0, 4)))
-def test_general_prompts_take_their_share_of_the_last_steps(world, tmp_path, monkeypatch, share, of_four):
-    asked, complete = [], train_countdown.complete
-    monkeypatch.setattr(train_countdown, "complete", lambda model, tokenizer, prompts, **settings: asked.append(
-        prompts[::4]) or complete(model, tokenizer, prompts, **settings))
-    monkeypatch.setattr(sys, "argv", flags(world, tmp_path / "run", general_share=share))
+@pytest.mark.parametrize("task, of_four", (("countdown=99,general=1", 1), ("countdown,general", 2), ("general", 4)))
+def test_general_prompts_take_their_share_of_the_last_steps(world, tmp_path, monkeypatch, task, of_four):
+    asked, score = [], train_countdown.score_completions
+    monkeypatch.setattr(train_countdown, "score_completions", lambda drawn, *rest: asked.append(
+        [task.name for task, _ in drawn[::4]]) or score(drawn, *rest))
+    alone = {"eval_task": "countdown", "mix_steps": 0} if of_four == 4 else {}
+    monkeypatch.setattr(sys, "argv", flags(world, tmp_path / "run", task=task, **alone))
     train_countdown.main()
-    known = {row["prompt"] for row in read_jsonl(world[2])}
-    assert [sum(prompt in known for prompt in prompts) for prompts in asked] == [0, of_four, of_four]
-    assert all(len(prompts) == 4 for prompts in asked)
-    rows = rows_of(tmp_path / "run")[1:]
-    assert ["preference" in row for row in rows] == [False, True, True]
-    assert ["accuracy" in row for row in rows] == [True, share < 1, share < 1]
-    assert all(row["gradient_norm"] > 0 for row in rows[1:])  # scores differ, so there is something to learn
+    assert [names.count("general") for names in asked] == [4 if alone else 0, of_four, of_four]
+    assert all(len(names) == 4 for names in asked)
+    rows = rows_of(tmp_path / "run")
+    assert all("eval_pass@1" in row and "eval_general_pass@1" not in row for row in (rows[0], rows[-1]))
+    if alone:
+        assert all({"preference", "good", "thinking"} <= row.keys() and "accuracy" not in row for row in rows[1:])
+    else:
+        assert ["general_preference" in row for row in rows[1:]] == [False, True, True]
+        assert all("accuracy" in row and "preference" not in row for row in rows[1:])
+    assert all(row["gradient_norm"] > 0 for row in rows[2:])  # scores differ, so there is something to learn
 
 
 def test_a_resumed_run_with_general_prompts_equals_the_uninterrupted_one(world, tmp_path, monkeypatch):
@@ -91,29 +93,22 @@ def test_a_resumed_run_with_general_prompts_equals_the_uninterrupted_one(world, 
 
 
 def test_greetings_are_evaluated_in_the_models_own_style(world, monkeypatch):
-    style, directory, _, _ = world
+    style, directory, _ = world
     model, tokenizer = load(directory)
     asked, complete = [], evaluate.complete
     monkeypatch.setattr(evaluate, "complete", lambda model, tokenizer, prompts, **settings: asked.append(
         prompts) or complete(model, tokenizer, prompts, **settings))
     table, _ = evaluate.evaluate(model, tokenizer, evaluate.Config(style=style, n=8, max_new_tokens=8))
-    assert asked[1][0] == general.question_prompt(f"{evaluate.GREETINGS[0]}\n", style, tokenizer)
+    assert asked[1][0] == fill_template(f"{evaluate.GREETINGS[0]}\n", style, tokenizer)
     assert ("greetings" in table) == (style == "tiny")  # what a good reply is, is only known of the tiny world
     assert 0 <= table["needless_thinking"] <= 1
 
 
-def test_what_general_prompts_need_is_said(base, refused, tmp_path, world):
-    _, _, questions, judge = world
-    for given, says in ((("--general-steps", 2), "expected with it --general FILE.jsonl, --preference MODEL"),
-                        (("--general-steps", 2, "--general", questions), "--preference MODEL"),
-                        (("--general-steps", 2, "--general", questions, "--preference", base),
-                         "is a language model; expected a reward model"),
-                        (("--general-steps", 2, "--general", tmp_path / "no.jsonl", "--preference", judge), "no.jsonl"),
-                        (("--general-steps", 2, "--general", questions, "--preference", judge, "--general-share", 0),
-                         "a general_share within (0, 1]")):
-        refused(train_countdown, "--model", base, "--out", tmp_path / "run", *given, says=(says,))
+def test_what_general_prompts_need_is_said(base, refused, tmp_path):
+    for given, says in ((("--task", "countdown=3,general=1"), "expected with it --preference MODEL"),
+                        (("--task", "general", "--preference", base), "is a language model; expected a reward model"),
+                        (("--task", "general", "--style", "base"), "with style 'base', expected tiny or chat"),
+                        (("--task", "countdown=3,general=1", "--preference", base, "--mix-steps", -1), "mix_steps")):
+        refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--batch-size", 32, "--eval-n", 8, *given,
+                says=(says,))
     assert not (tmp_path / "run").exists()
-    long = tmp_path / "long.jsonl"
-    append_jsonl(long, {"prompt": "hello " * 1020})
-    refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--general-steps", 2, "--general", long,
-            "--preference", judge, says=("more than the model's context of 1024",))

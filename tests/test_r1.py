@@ -70,7 +70,7 @@ def test_the_minutes_of_a_row_are_those_of_the_stages_that_made_it(recipe):
 
 def test_general_prompts_come_in_the_last_steps_only(recipe):
     rows = read_jsonl(recipe / "seed0" / "rl-all" / "metrics.jsonl")
-    assert ["preference" in row for row in rows if row["step"]] == [False, True]
+    assert ["general_preference" in row for row in rows if row["step"]] == [False, True]
     assert {"general_good", "general_thinking", "accuracy"} <= rows[-1].keys()
     (row,) = [row for row in read_jsonl(recipe / "seed0" / "hacking" / "metrics.jsonl") if row["step"]]
     assert "preference" in row and "accuracy" not in row  # general prompts alone
@@ -172,8 +172,8 @@ def test_the_ladder_draws_every_seed(recipe, tmp_path, monkeypatch):
     axis = figures[0].axes[0]
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     assert len(dots) == len(r1.ROWS) and all(len(line.get_xdata()) == 2 for line in dots)
-    logs = [[{"step": 0, "eval_pass@1": 0.9}, {"step": 1, "preference": p, "general_good": 0.5},
-             {"step": 2, "preference": p, "general_good": 1.0, "eval_pass@1": 0.1}] for p in (1.0, 3.0)]
+    logs = [[{"step": 0, "eval_pass@1": 0.9}, {"step": 1, "preference": p, "good": 0.5},
+             {"step": 2, "preference": p, "good": 1.0, "eval_pass@1": 0.1}] for p in (1.0, 3.0)]
     plots.plot_hacking(logs, tmp_path / "hacking.png")
     assert figures[1].axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
     assert figures[1].axes[1].lines[0].get_ydata().tolist() == [0.5, 1.0]

@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 
 import rejection
-from countdown import Puzzle, is_held_out, solve
+import sft
+from countdown import Puzzle, is_held_out, make_prompt, question, sample_puzzles, score, solve
+from machinery import tasks
 from machinery.checkpoints import load
 from machinery.run_folder import append_jsonl, read_jsonl
 from rejection import FILTERS, Config, sample_rows
@@ -44,14 +46,14 @@ def completion(text: str, tokens: int = 10, truncated: bool = False) -> Completi
 ))
 def test_which_filter_drops_a_completion(text, done, dropped_by):
     found = completion(text, **done)
-    assert next((f.__name__ for f in FILTERS if not f(text, found, PUZZLE, Config())), None) == dropped_by
+    assert next((f.__name__ for f in FILTERS if not f(text, found, score(PUZZLE, text), Config())), None) == dropped_by
 
 
 def test_the_filters_follow_their_settings():
     long, twice = written("9 yes"), written("no,\nno,")
-    assert rejection.short_enough(long, completion(long, 401), PUZZLE, Config(max_tokens=401))
-    assert rejection.not_repetitive(twice, completion(twice), PUZZLE, Config(max_repeats=2))
-    assert rejection.one_language(written("9 ja"), completion(long), PUZZLE, Config(language="de"))
+    assert rejection.short_enough(long, completion(long, 401), score(PUZZLE, long), Config(max_tokens=401))
+    assert rejection.not_repetitive(twice, completion(twice), score(PUZZLE, twice), Config(max_repeats=2))
+    assert rejection.one_language(written("9 ja"), completion(long), score(PUZZLE, long), Config(language="de"))
 
 
 @pytest.fixture
@@ -112,15 +114,21 @@ def test_a_row_says_where_it_came_from(fake_sampler, model):
                       "index": index} == row
 
 
-def test_a_prompt_that_ends_in_think_is_not_given_that_tag_twice(monkeypatch, model):
-    """Rewards see <think>..., but a row's completion begins where its prompt ends."""
+def test_a_row_holds_the_question_without_a_template(monkeypatch, model):
+    """sft.py --style base puts it into the template, and takes the <think> that the prompt ends with from the
+    completion."""
+    puzzles = sample_puzzles(2, held_out=False, seed=0)
+
     def complete(model, tokenizer, prompts, **settings):
-        puzzles = rejection.sample_puzzles(2, level="laptop", held_out=False, seed=0)
+        assert prompts == [make_prompt(puzzle, "base") for puzzle in puzzles]
         texts = [right(*puzzle, 0) for puzzle in puzzles]
         return None, [completion(text) for text in texts], texts
     monkeypatch.setattr(rejection, "complete", complete)
     rows, _ = sample_rows(*model, "here", 1, Config(n=2, samples=1, style="base"), {}, ignore)
-    assert all(row["prompt"].endswith("<think>") and row["completion"].startswith("\n9 no") for row in rows)
+    assert [row["prompt"] for row in rows] == [question(puzzle, "base") for puzzle in puzzles]
+    (prompt, text), _ = sft.tokenize(rows, model[1], "rows.jsonl", "base")
+    prompt, text = map(model[1].decode, (prompt, text))
+    assert prompt.endswith("<think>") and text.startswith("\n9 no")
 
 
 def call(monkeypatch, tmp_path, *flags) -> list[dict]:
@@ -265,13 +273,13 @@ def test_broken_replies_are_refused_before_anything_is_sampled(base, refused, tm
 ))
 def test_bad_flags_are_refused(base, refused, tmp_path, flags, says, monkeypatch):
     if flags[0] == "--n":  # counting a level's puzzles takes a minute
-        monkeypatch.setattr(rejection, "sample_puzzles", few_puzzles)
+        monkeypatch.setattr(tasks, "distinct", few_puzzles)
     refused(rejection, "--model", base, "--out", tmp_path / "out.jsonl", *flags, says=says)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def few_puzzles(n, **side):
-    raise ValueError(f"got n={n}, but level 'laptop' has only about 1400 train puzzles; ask for fewer")
+def few_puzzles(n, *rest):
+    raise ValueError(f"got n={n}, but task countdown has only about 1400 train problems; ask for fewer")
 
 
 def test_a_model_that_is_not_there_leaves_nothing_behind(refused, tmp_path):

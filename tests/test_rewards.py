@@ -10,9 +10,10 @@ import pytest
 
 import corpus
 import rewards
-from countdown import LEVELS, Puzzle, make_prompt, sample_puzzle, solve
-from evaluate import count_backtracks, count_verifications, is_mixed, reflection_words
-from rewards import accuracy_reward, extract_answer, format_reward, language_reward, parse_expression, reward, verify
+from countdown import LEVELS, Puzzle, count_backtracks, count_verifications, make_prompt, sample_puzzle, score, solve
+from evaluate import is_mixed, reflection_words
+from machinery.tasks import find_tasks, score_completions
+from rewards import accuracy_reward, extract_answer, format_reward, language_reward, parse_expression, verify
 from tasks.general import needless_thinking
 
 NUMBERS, TARGET = (3, 4, 5), 27  # (4+5)*3
@@ -374,6 +375,11 @@ def test_verifications_are_results_compared_with_a_goal(text, verifications):
 
 
 # ---------------------------------------------------------------------------------------------------------------- the sum
+def scored(completion: str, weights: str = "", language: str = "en"):
+    drawn = [(find_tasks("countdown", weights=weights)[0], Puzzle(NUMBERS, TARGET))]
+    return score_completions(drawn, [""], [completion], None, language)[0]
+
+
 @pytest.mark.parametrize("completion, accuracy, format_, language, total", table(
     (WELL_FORMED, 1.0, 1.0, 1.0, 1.6, "1 + 0.1*1 + 0.5*1"),
     (f"<think>9?27 no, nein, nein, nein,</think>\n{RIGHT}", 1.0, 1.0, 0.25, 1.225, "1 + 0.1*1 + 0.5*0.25"),
@@ -382,18 +388,17 @@ def test_verifications_are_results_compared_with_a_goal(text, verifications):
     ("nein", 0.0, 0.0, 0.0, 0.0, "nothing earned"),
 ))
 def test_reward_is_the_weighted_sum_of_its_parts(completion, accuracy, format_, language, total):
-    parts = reward(completion, NUMBERS, TARGET, format_weight=0.1, language_weight=0.5)
-    assert parts == {"accuracy": accuracy, "format": format_, "language": language, "reward": pytest.approx(total)}
+    reward, parts, _, _ = scored(completion, "format=0.1,language=0.5")
+    assert parts == {"accuracy": accuracy, "format": format_, "language": language} and reward == pytest.approx(total)
 
 
 def test_reward_by_default_is_accuracy_and_a_fifth_of_format():
-    assert reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET)["reward"] == pytest.approx(1.2)
-    assert reward("<think>nein</think>\n<answer>3*9</answer>", NUMBERS, TARGET)["reward"] == pytest.approx(0.2)
+    assert scored(f"<think>nein</think>\n{RIGHT}").reward == pytest.approx(1.2)
+    assert scored("<think>nein</think>\n<answer>3*9</answer>").reward == pytest.approx(0.2)
 
 
 def test_reward_measures_the_language_it_is_told():
-    parts = reward(f"<think>nein</think>\n{RIGHT}", NUMBERS, TARGET, language="de", language_weight=1.0)
-    assert parts["reward"] == pytest.approx(2.2)
+    assert scored(f"<think>nein</think>\n{RIGHT}", "language=1", "de").reward == pytest.approx(2.2)
 
 
 # ------------------------------------------------------------------------------------------------------------- any string at all
@@ -413,7 +418,7 @@ def test_reward_measures_the_language_it_is_told():
     ("<answer>" + "1+" * 500_000 + "1</answer>", "a sum of half a million ones"),
 ))
 def test_every_reward_takes_any_string(text):
-    parts = reward(text, NUMBERS, TARGET)
+    parts = scored(text).parts
     assert parts["accuracy"] == parts["format"] == 0.0 and 0.0 <= parts["language"] <= 1.0
     assert isinstance(is_mixed(text), bool) and isinstance(needless_thinking(text), bool)
     assert isinstance(reflection_words(text), dict) and count_backtracks(text) >= 0
@@ -426,7 +431,7 @@ def test_random_soup_of_tags_and_symbols_never_raises():
     paid = 0
     for _ in range(5000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 9)))
-        parts = reward(text, NUMBERS, TARGET)
+        parts, _ = score(Puzzle(NUMBERS, TARGET), text)
         paid += parts["accuracy"] == 1.0
         if parts["accuracy"] or parts["format"]:
             assert text.count("<answer>") == text.count("</answer>") == 1 and text.rstrip().endswith("</answer>")

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import corpus
+import countdown
 import sft
 import train_countdown
 from conftest import TINY
-from countdown import Puzzle, is_held_out
+from countdown import is_held_out
 from machinery import run_folder
 from machinery.checkpoints import load
+from rewards import extract_answer, verify
 from sampling import sample
-from tasks import general
 
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 
@@ -34,15 +35,15 @@ def quiet_machine(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setitem(sft.TINY_MODELS, "test", TINY)
     monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
-    monkeypatch.setattr(general, "reward", digit_reward)
+    monkeypatch.setattr(countdown, "score", digit_score)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def digit_reward(text, numbers, target, **settings):
+def digit_score(puzzle, text):
     share = sum(c.isdigit() for c in text) / max(1, len(text))
-    return {"accuracy": share, "format": 0.0, "language": 1.0, "reward": share}
+    return {"accuracy": share, "format": 0.0}, verify(extract_answer(text), *puzzle)[1]
 
 
 def call(monkeypatch, script, **flags):
@@ -131,12 +132,14 @@ def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):
 def test_training_raises_its_reward(monkeypatch, base, tmp_path):
     """15 steps on the share of digits: from about 0.2 to nearly all, and never through puzzles that evaluation uses."""
     seen = []
-    monkeypatch.setattr(general, "reward", lambda *args, **kwargs: seen.append(args[1:]) or digit_reward(*args))
+    score = train_countdown.score_completions
+    monkeypatch.setattr(train_countdown, "score_completions", lambda drawn, *rest: seen.extend(
+        puzzle for _, puzzle in drawn) or score(drawn, *rest))
     rows = train(monkeypatch, base, tmp_path / "run", steps=15, batch_size=32, group_size=8, warmup_steps=1,
                  eval_every=100, learning_rate=4e-2)
     rewards = [row["reward"] for row in rows[1:]]
     assert rewards[0] < 0.4 and min(rewards[-3:]) > 0.8
-    assert len(seen) == 15 * 32 and not any(is_held_out(Puzzle(*puzzle)) for puzzle in seen)
+    assert len(seen) == 15 * 32 and not any(map(is_held_out, seen))
     assert len({puzzle for puzzle in seen}) > 15 * 3  # 4 fresh puzzles a step
 
 
@@ -203,8 +206,7 @@ def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average)
     """All completion tokens of the step, or all 16 completions, though groups whose rewards are equal are not computed:
     a step in which few groups differ is a small step, not a loud one."""
     divisors, loss = [], train_countdown.grpo_loss
-    monkeypatch.setattr(general, "reward", lambda text, numbers, target, **settings: digit_reward(
-        text if target > 15 else "", numbers, target))
+    monkeypatch.setattr(countdown, "score", lambda puzzle, text: digit_score(puzzle, text if puzzle.target > 15 else ""))
     monkeypatch.setattr(train_countdown, "grpo_loss", lambda *args, divisor, **settings: divisors.append(divisor)
                         or loss(*args, divisor=divisor, **settings))
     row = train(monkeypatch, base, tmp_path / "run", steps=1, average=average, micro_batch_tokens=64)[1]
@@ -213,8 +215,7 @@ def test_the_divisor_counts_the_whole_step(monkeypatch, base, tmp_path, average)
 
 
 def test_groups_that_all_got_the_same_train_nothing(monkeypatch, base, tmp_path):
-    everything = {"accuracy": 1.0, "format": 1.0, "language": 1.0, "reward": 1.1}
-    monkeypatch.setattr(general, "reward", lambda *args, **settings: everything)
+    monkeypatch.setattr(countdown, "score", lambda *args: ({"accuracy": 1.0, "format": 1.0}, "correct"))
     rows = train(monkeypatch, base, tmp_path / "run", weight_decay=0.1)
     assert all(row["equal_groups"] == 1 and row["gradient_norm"] == 0 for row in rows[1:])
     assert_equal_weights(weights(tmp_path / "run"), load_file(base / "model.safetensors"))

@@ -15,8 +15,8 @@ import torch
 
 import corpus
 import train_countdown
-from countdown import Puzzle, is_held_out, make_prompt, sample_puzzle, solve
-from evaluate import answer_value, few_shot_examples, majority_answer, wilson_interval
+from countdown import Puzzle, answer_value, fill_template, is_held_out, make_prompt, question, sample_puzzle, solve, vote
+from evaluate import wilson_interval
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
 from sampling import Completion
 
@@ -114,7 +114,7 @@ def test_the_plain_vote_is_the_evaluator_s():
     texts = [*(f"<answer>{answer}</answer>" for answer in ("3+4+5", "5+4+3", "(4+5)*3", "27")), "nothing"]
     for size in range(1, 6):
         chosen = scorer.vote([answer_value(text, PUZZLE.numbers) for text in texts[:size]], [1.0] * size)
-        winner = majority_answer(texts[:size], PUZZLE.numbers)
+        winner = vote(PUZZLE, texts[:size])
         assert chosen == answer_value(f"<answer>{winner}</answer>", PUZZLE.numbers)
 
 
@@ -279,13 +279,14 @@ def test_held_out_puzzles_of_seeds_are_different_ones():
 # -------------------------------------------------------------------------------------------------- pages and examples
 def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
     """What evaluate.py --shots puts before a puzzle is in the form of a page, and eight of them fit the context."""
-    examples = few_shot_examples(8, "tiny", "laptop", 0)
-    prompt = make_prompt(PUZZLE, examples=examples)
+    def prompt_of(seed):
+        return fill_template(question(PUZZLE), examples=corpus.examples(random.Random(seed), "laptop", 8))
+    prompt = prompt_of(0)
     page = next(d["prompt"] for d in corpus.write_corpus(corpus.Config(n=400, pages=1.0, chat=0.0))
                 if d["prompt"].count("using") == 9)
     assert prompt.count("\n\nusing") == page.count("\n\nusing") == 8
     assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"]
-    prompts = [make_prompt(PUZZLE, examples=few_shot_examples(8, "tiny", "laptop", seed)) for seed in range(50)]
+    prompts = list(map(prompt_of, range(50)))
     longest = max(map(len, tokenizer(prompts)["input_ids"]))
     assert longest + 512 <= few_shot.Config().context
 
@@ -325,6 +326,7 @@ def run(study_name, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
         patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each run
+        patch.setattr(few_shot, "SHOTS", (0, 1, 8))
         patch.chdir(ROOT)
         try:
             importlib.import_module(f"experiments.{study_name}").main()

@@ -4,14 +4,14 @@ import os
 
 import pytest
 
+import countdown
 import train_countdown
 from conftest import assert_one_line
 from machinery import rollouts
 from machinery.run_folder import load_checkpoint, read_jsonl, rewind_log
-from rewards import reward
-from test_training import call, quiet_machine, train  # noqa: F401
+from test_training import call, digit_score, quiet_machine, train  # noqa: F401
 
-PARTS = ("reward", "accuracy", "format", "language")
+PARTS = {"accuracy", "format", "language"}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,7 @@ def run(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_countdown, "plot_run", lambda run: None)
-        patch.setattr("tasks.general.reward", lambda text, *puzzle, **settings: {
-            **reward(text, *puzzle), "reward": sum(c.isdigit() for c in text) / max(1, len(text))})
+        patch.setattr(countdown, "score", digit_score)
         train(patch, base, folder, steps=3)
     return folder
 
@@ -44,7 +43,8 @@ def test_a_row_has_all_that_became_of_a_completion(run):
         deviation = (sum((r - mean) ** 2 for r in rewards) / 4) ** 0.5
         assert len({row["prompt"] for row in group}) == 1
         for row in group:
-            assert set(PARTS) | {"verdict", "trained", "truncated"} <= row.keys()
+            assert {"reward", "verdict", "trained", "truncated", "watched"} <= row.keys() and row["parts"].keys() == PARTS
+            assert row["task"] == "countdown"
             assert row["group_mean"] == pytest.approx(mean, abs=1e-5)
             assert row["group_std"] == pytest.approx(deviation, abs=1e-5)
             assert row["advantage"] == pytest.approx((row["reward"] - mean) / (deviation + 1e-6), abs=1e-3)

@@ -6,10 +6,10 @@ import random
 import pytest
 
 from countdown import Puzzle
+from machinery.tasks import find_tasks, score_completions
 from preference import final_reply
 from tasks import general
-from tasks.general import (FLAWS, SMALL_TALK, draw_question, flawed, is_good, needless_thinking, question_prompt,
-                           reward_completions, write_rows)
+from tasks.general import FLAWS, SMALL_TALK, draw_question, flawed, is_good, needless_thinking, write_rows
 
 
 def questions(n: int = 400) -> list[dict]:
@@ -69,13 +69,13 @@ def test_a_good_reply_is_said_once_and_without_thinking(completion, good):
     assert is_good(completion, ["hello"]) == good
 
 
-@pytest.mark.parametrize("what", ("questions", "replies", "pairs"))
+@pytest.mark.parametrize("what", ("replies", "pairs"))
 def test_rows_follow_from_their_seed(what):
     assert write_rows(what, 50, 0) == write_rows(what, 50, 0) != write_rows(what, 50, 1)
 
 
 def test_replies_are_good_and_pairs_differ_in_one_flaw():
-    good = {row["prompt"]: row["good"] for row in write_rows("questions", 2000, 5)}
+    good = {row["prompt"]: row["good"] for row in questions(2000)}
     for row in write_rows("replies", 300, 0):
         assert row["prompt"] not in good or is_good(row["completion"], good[row["prompt"]])
     pairs = write_rows("pairs", 600, 0)
@@ -86,42 +86,31 @@ def test_replies_are_good_and_pairs_differ_in_one_flaw():
         assert needless_thinking(pair["rejected"]) == (pair["flaw"] == "thinking")
 
 
-class ChatTokenizer:
-    def apply_chat_template(self, messages, **settings):
-        assert settings == {"tokenize": False, "add_generation_prompt": True}
-        return f"<user>{messages[0]['content']}<assistant>"
-
-
-def test_a_row_holds_the_prompt_as_the_model_reads_it():
-    assert question_prompt("hello\n", "tiny") == "hello\n"
-    assert question_prompt("hello\n", "chat", ChatTokenizer()) == "<user>hello<assistant>"
+def test_a_row_holds_the_words_and_no_template():
+    assert general.question({"prompt": "hello\n"}, "chat") == general.question({"prompt": "hello\n"}, "tiny") == "hello\n"
     with pytest.raises(ValueError, match="got general prompts with style 'base', expected tiny or chat"):
-        question_prompt("hello\n", "base")
-    assert all(row["prompt"].startswith("<user>") for what in ("questions", "replies", "pairs")
-               for row in write_rows(what, 5, 0, "chat", ChatTokenizer()))
+        general.question({"prompt": "hello\n"}, "base")
 
 
 def test_puzzles_are_rewarded_by_rules_and_general_prompts_by_the_judge():
-    """The judge gets the general prompts only, in order; its score is the reward, and the rule's verdict just stands
-    beside it, where the rule knows the good replies."""
+    """The judge gets the general prompts only, in order; its score is the reward, and what the rule says just stands
+    beside it."""
     asked = []
 
     def judge(prompts, texts):
         asked.append((prompts, texts))
         return [0.25, -3.0]
     right, wrong = ("<think>\n1+2 yes\n</think>\n<answer>1+2</answer>", "no")
-    tasks = [Puzzle((1, 2), 3), {"prompt": "hi", "good": ["hello"]}, Puzzle((1, 2), 3), {"prompt": "why?"}]
-    parts = reward_completions(tasks, ["a", "hi", "b", "why?"], [right, "hello", wrong, "<think>so"], judge,
-                               format_weight=0.5, language_weight=0.0, language="en")
+    puzzles, chat = find_tasks("countdown=3,general=1", weights="format=0.5")
+    hi = {"prompt": "hi\n", "good": ["hello"]}
+    drawn = [(puzzles, Puzzle((1, 2), 3)), (chat, hi), (puzzles, Puzzle((1, 2), 3)), (chat, hi)]
+    scores = score_completions(drawn, ["a", "hi", "b", "why?"], [right, "hello", wrong, "<think>so"], judge, "en")
     assert asked == [(["hi", "why?"], ["hello", "<think>so"])]
-    assert [part["reward"] for part in parts] == [1.5, 0.25, 0.0, -3.0]
-    assert parts[1] == {"reward": 0.25, "preference": 0.25, "general_thinking": False, "general_good": True}
-    assert parts[3] == {"reward": -3.0, "preference": -3.0, "general_thinking": True}
-    assert "accuracy" in parts[0] and "preference" not in parts[0]
-
-
-def test_without_general_prompts_no_judge_is_asked():
-    assert reward_completions([Puzzle((1, 2), 3)], ["a"], ["no"], None)[0]["reward"] == 0.0
+    assert [score.reward for score in scores] == [1.5, 0.25, 0.0, -3.0]
+    assert [score.parts for score in scores[1::2]] == [{"preference": 0.25}, {"preference": -3.0}]
+    assert [score.watched for score in scores[1::2]] == [{"good": 1.0, "thinking": 0.0}, {"good": 0.0, "thinking": 1.0}]
+    assert [score.verdict for score in scores] == ["correct", "correct", "no single final answer", "not good by the rule"]
+    assert score_completions(drawn[:1], ["a"], ["no"], None, "en")[0].reward == 0.0  # and no judge is asked
 
 
 def test_the_command_writes_a_file_and_overwrites_none(tmp_path, capsys):
@@ -130,21 +119,9 @@ def test_the_command_writes_a_file_and_overwrites_none(tmp_path, capsys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == write_rows("replies", 7, 0) and capsys.readouterr().out == f"7 replies in {path}\n"
     for flags, says in ((("--out", path), "exists and is never overwritten"),
-                        (("--out", tmp_path / "x", "--n", 0), "got --n 0, expected at least 1"),
-                        (("--out", tmp_path / "x", "--style", "chat", "--model", "no/where/to"), "got --style chat")):
+                        (("--out", tmp_path / "x", "--n", 0), "got --n 0, expected at least 1")):
         with pytest.raises(SystemExit) as stop:
             general.main(["pairs", *map(str, flags)])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and says in error and not (tmp_path / "x").exists()
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
-
-
-@pytest.mark.parametrize("lines, says", (
-    ([], "without a row"), (['{"prompt": "a"}', '{"prompt": 1}'], "line 2 without text in prompt"),
-    (['{"prompt": "a"}', '{"prompt"'], "line 2"), (['[]'], "line 1"), (['{"prompt": " "}'], "line 1 without text"),
-))
-def test_bad_questions_are_refused_with_their_line(lines, says, tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=says):
-        general.read_questions(str(path))

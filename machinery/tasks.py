@@ -1,0 +1,237 @@
+"""Tasks behind one seam: found by name, drawn from, put into prompts, scored. A task is a module with these names:
+
+    LEVELS     {name: whatever the task wants}; the first is the default
+    WEIGHTS    {"accuracy": 1.0, "format": 0.2}: the reward is the sum of weight * part
+    draw(rng, level, split) -> problem       a NamedTuple or a dict of JSON values; split is "train" or "test"
+    key(problem) -> str                      what makes two problems the same: for the split, and for distinct draws
+    question(problem, style) -> str          words only: no chat template, no BOS, no <think>; in style tiny all of it
+    score(problem, text) -> (parts, verdict) {"accuracy": 1.0, ...}, and "correct" or why not; never raises on text
+    gold(problem) -> str                     a completion that score calls correct
+
+and, where it has them, watch(problem, text) -> {name: number}, measured and never paid; vote(problem, texts) -> answer of
+the majority (else the commonest answer as text); examples(rng, level, style, n) -> [(question, completion)] for few-shot
+prompts (else train problems with their gold). Two parts are not the task's to score, and are filled in where WEIGHTS
+names them: "language" (share of the thinking in --language) and "preference" (a reward model's score, in a batch).
+countdown.py is one, a JSONL file of questions and answers another (tasks/questions.py); docs/fork-it.md shows more.
+
+    --task countdown | arithmetic | general | my_task.py | my_questions.jsonl | countdown=3,general=1
+"""
+
+import importlib
+import importlib.util
+import random
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from countdown import STYLES, distinct, fill_template
+from rewards import answer_or_text, language_reward
+
+BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "general": "tasks.general"}
+NAMES = ("LEVELS", "WEIGHTS", "draw", "key", "question", "score", "gold")
+FILLED_IN = ("language", "preference")
+PATIENCE = 1_000_000  # random numbers that a draw may take before its split counts as empty
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    spec: str                  # as --task names it: the name, or a file
+    seam: object               # the module, with the names above
+    level: str
+    share: float               # of the problems, where a run has several tasks
+    weights: dict[str, float]  # WEIGHTS, and what --weights says
+
+    def prompt(self, problem, style: str, tokenizer=None, examples=()) -> str:
+        return fill_template(self.seam.question(problem, style), style, tokenizer, examples)
+
+    def problems(self, n: int, split: str, seed: int) -> list:
+        """n different ones, in an order that the seed fixes. Raises ValueError where the task has fewer; with n = 0: 512, or
+        as many as it has."""
+        rng, what = random.Random(seed), {"train": "train", "test": "held-out"}[split]
+        return distinct(n or 512, lambda: self.seam.draw(rng, self.level, split), self.seam.key,
+                        f"task {self.name} at level {self.level!r}", f"{what} problems", fewer=not n)
+
+    def examples(self, n: int, style: str, seed: int) -> list[tuple[str, str]]:
+        rng = random.Random(seed)
+        if hasattr(self.seam, "examples"):
+            return self.seam.examples(rng, self.level, style, n)
+        drawn = [self.seam.draw(rng, self.level, "train") for _ in range(n)]
+        return [(self.seam.question(problem, style), self.seam.gold(problem)) for problem in drawn]
+
+    def watch(self, problem, text: str) -> dict[str, float]:
+        return self.seam.watch(problem, text) if hasattr(self.seam, "watch") else {}
+
+    def vote_is_right(self, problem, texts: list[str]) -> bool:
+        if hasattr(self.seam, "vote"):
+            winner = self.seam.vote(problem, texts)
+            return winner is not None and self.seam.score(problem, f"<answer>{winner}</answer>")[1] == "correct"
+        answers = list(map(answer_or_text, texts))
+        votes = Counter(filter(None, answers)).most_common(1)  # on a tie the first one wins
+        return bool(votes) and self.seam.score(problem, texts[answers.index(votes[0][0])])[1] == "correct"
+
+
+class Score(NamedTuple):
+    reward: float            # the weighted sum
+    parts: dict[str, float]
+    watched: dict[str, float]
+    verdict: str             # correct, or why not
+
+
+def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], judge, language: str) -> list[Score]:
+    """drawn: a (task, problem) pair a completion. judge(prompts, texts) -> scores is asked once, for all completions of
+    tasks that weigh "preference"."""
+    judged = [i for i, (task, _) in enumerate(drawn) if "preference" in task.weights]
+    preference = dict(zip(judged, judge([prompts[i] for i in judged], [texts[i] for i in judged]))) if judged else {}
+    scores = []
+    for i, ((task, problem), text) in enumerate(zip(drawn, texts, strict=True)):
+        parts, verdict = task.seam.score(problem, text)
+        if "language" in task.weights:
+            parts = {**parts, "language": language_reward(text, language)}
+        if i in preference:
+            parts = {**parts, "preference": preference[i]}
+        reward = sum(weight * parts[name] for name, weight in task.weights.items())
+        scores.append(Score(reward, parts, task.watch(problem, text), verdict))
+    return scores
+
+
+def shares(tasks: tuple[Task, ...], n: int) -> list[int]:
+    """How many of n problems each task gets: its rounded share, at least one; the first gets what is left."""
+    others = [max(1, round(task.share * n)) for task in tasks[1:]]
+    if sum(others) >= n:
+        raise ValueError(f"got {n} problems at a time for {len(tasks)} tasks, expected at least one for each; ask for more "
+                         "(--batch-size, or --n), or name fewer tasks")
+    return [n - sum(others), *others]
+
+
+def draw_problems(tasks: tuple[Task, ...], n: int, rng: random.Random) -> list[tuple]:
+    """n (task, train problem) pairs, task after task."""
+    return [(task, task.seam.draw(rng, task.level, "train"))
+            for task, count in zip(tasks, shares(tasks, n)) for _ in range(count)]
+
+
+# --------------------------------------------------------------------------------------- found, and looked at before work
+
+
+def as_dict(problem) -> dict:
+    return problem._asdict() if hasattr(problem, "_asdict") else dict(problem)
+
+
+@lru_cache
+def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tiny", beside: str = "") -> tuple[Task, ...]:
+    """What --task, --level, --weights and --style say. Raises ValueError for whatever is wrong with them, and with a task
+    file: it is drawn from and scored here, before a model is loaded.
+
+    level: with commas between, one for each task that shall not take its first. beside: tasks named by another flag,
+    which may know a level too."""
+    if style not in STYLES:
+        raise ValueError(f"got style {style!r}, expected {', '.join(STYLES[:-1])} or {STYLES[-1]}")
+    named, found = pairs(tasks, "task", 1.0), []
+    levels, changed = [name for name in level.split(",") if name], pairs(weights, "weights")
+    for name, share in named.items():
+        if not share > 0:
+            raise ValueError(f"got --task {tasks}, where {name} has weight {share:g}; expected more than 0, or leave it out")
+        seam = load_seam(name)
+        own_level = next((known for known in levels if known in seam.LEVELS), next(iter(seam.LEVELS)))
+        own_weights = {**seam.WEIGHTS, **{part: weight for part, weight in changed.items() if part in seam.WEIGHTS}}
+        found.append(Task(Path(name).stem, name, seam, own_level, share / sum(named.values()), own_weights))
+        check_task(found[-1], style)
+    every = {known: None for seam in [*(task.seam for task in found), *map(load_seam, pairs(beside, "task", 1.0) if beside else ())]
+             for known in seam.LEVELS}
+    if unknown := [name for name in levels if name not in every]:
+        raise ValueError(f"got level {unknown[0]!r}, expected one of {', '.join(every)}")
+    if unknown := [name for name in changed if not any(name in task.weights for task in found)]:
+        known = {name: None for task in found for name in task.weights}
+        raise ValueError(f"got --weights with {unknown[0]!r}, expected some of {', '.join(known)}")
+    if len({task.name for task in found}) < len(found):
+        raise ValueError(f"got --task {tasks}, where two tasks have the same name; rename a file")
+    return tuple(found)
+
+
+def pairs(text: str, flag: str, default: float | None = None) -> dict[str, float]:
+    """"a=3,b=1" -> {"a": 3.0, "b": 1.0}"""
+    found = {}
+    for item in filter(None, text.split(",")):
+        name, equals, number = item.rpartition("=")
+        if not equals and default is not None:
+            name, number = item, default
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"got --{flag} {text}, expected NAME=NUMBER with commas between") from None
+        if name in found or not name:
+            raise ValueError(f"got --{flag} {text}, expected every name once")
+        found[name] = value
+    if not found and default is not None:
+        raise ValueError(f"got an empty --{flag}, expected one of {', '.join(BUILT_IN)}, a .py or a .jsonl file")
+    return found
+
+
+def load_seam(name: str):
+    path = Path(name)
+    if name in BUILT_IN:
+        seam = importlib.import_module(BUILT_IN[name])
+    elif path.suffix not in (".py", ".jsonl"):
+        raise ValueError(f"got task {name!r}, expected one of {', '.join(BUILT_IN)}, a .py or a .jsonl file")
+    elif not path.is_file():
+        raise FileNotFoundError(f"got task {name!r}, but there is no such file")
+    elif path.suffix == ".jsonl":
+        seam = importlib.import_module("tasks.questions").Questions.read(path)
+    else:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        seam = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(seam)
+        except Exception as error:  # it is somebody's own code
+            raise ValueError(f"got task {name}, which does not import ({type(error).__name__}: {error})") from None
+    if missing := [needed for needed in NAMES if not hasattr(seam, needed)]:
+        raise ValueError(f"got task {name} without {', '.join(missing)}; expected {', '.join(NAMES)}: "
+                         "docs/fork-it.md says what each does")
+    if not seam.LEVELS or not seam.WEIGHTS:
+        raise ValueError(f"got task {name} with LEVELS {seam.LEVELS} and WEIGHTS {seam.WEIGHTS}, expected one of each")
+    return seam
+
+
+class Limited(random.Random):
+    """Gives up where a split is empty, instead of drawing for ever."""
+    left = PATIENCE
+
+    def random(self):
+        return self.count() or super().random()
+
+    def getrandbits(self, k):
+        return self.count() or super().getrandbits(k)
+
+    def count(self):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("an empty split")
+
+
+def check_task(task: Task, style: str) -> None:
+    """Raises ValueError unless both splits can be drawn from and do not meet, and every gold is correct."""
+    seam, keys = task.seam, {}
+    for split in ("train", "test"):
+        rng = Limited(0)
+        try:
+            problems = [seam.draw(rng, task.level, split) for _ in range(20)]
+        except ValueError as error:
+            if rng.left >= 0:
+                raise
+            raise ValueError(f"got task {task.name} without a {split} problem at level {task.level!r} ({error}); expected "
+                             "draw(rng, level, split) to know both train and test") from None
+        keys[split] = {seam.key(problem) for problem in problems}
+        for problem in problems:
+            parts, verdict = seam.score(problem, seam.gold(problem))
+            if verdict != "correct":
+                raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; expected "
+                                 "'correct'")
+            if missing := [name for name in task.weights if name not in (*parts, *FILLED_IN)]:
+                raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its score "
+                                 f"gives ({', '.join(parts) or 'none'})")
+            seam.question(problem, style)
+    if both := keys["train"] & keys["test"]:
+        raise ValueError(f"got task {task.name}, which draws {both.pop()!r} for train and for test; expected each key in one "
+                         "of them: see countdown.split_of")
