@@ -91,7 +91,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
             axis.set_ylim(-0.03, 1.03) if title != "truncated" else axis.set_ylim(bottom=0)
         else:
             axis.set_ylim(bottom=0)
-    for axis in axes[-1]:
+    for axis in axes.flat[len(panels) - 4:len(panels)]:
         axis.set_xlabel("step")
     if len(lines) > 3:  # too many for a panel
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))

@@ -109,7 +109,7 @@ def test_bad_values_are_refused_before_anything_is_written(flags, says, base, re
 
 
 @pytest.mark.parametrize("script, flags, says", cases(
-    (evaluate, ("--n", "0"), ("expected n, samples, max_new_tokens and slots of at least 1",)),
+    (evaluate, ("--n", "-1"), ("expected samples, max_new_tokens and slots of at least 1, n and shots of at least 0",)),
     (evaluate, ("--n", "1000"), ("got n=1000", "ask for fewer")),
     (evaluate, ("--temperature", "0", "--samples", "4"), ("got samples 4 at temperature 0", "--samples 1")),
     (evaluate, ("--top-p", "0"), ("top_p 0", "within (0, 1]")),

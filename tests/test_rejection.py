@@ -278,7 +278,7 @@ def test_bad_flags_are_refused(base, refused, tmp_path, flags, says, monkeypatch
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def few_puzzles(n, *rest):
+def few_puzzles(n, *rest, **settings):
     raise ValueError(f"got n={n}, but task countdown has only about 1400 train problems; ask for fewer")
 
 
