@@ -45,6 +45,7 @@ class Config:
     task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file, or several: machinery/tasks.py
     level: str = ""                  # of the task, as laptop4 of countdown; empty: its first. Only train problems
     style: str = "tiny"              # prompt template: tiny, base or chat
+    weights: str = ""                # of the reward's parts; format=0: a completion without tags is kept too
     n: int = 1200                    # different problems; countdown's laptop level has about 1,400 for training
     samples: int = 8                 # completions per problem
     temperature: float = 1.0         # of the sampler
@@ -66,7 +67,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        shares(find_tasks(self.task, self.level, "", self.style), self.n)
+        shares(find_tasks(self.task, self.level, self.weights, self.style), self.n)
         check_dtype(self.dtype)
         check_positive(self, "n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats",
                        "per_puzzle", "rounds", "slots")
@@ -86,7 +87,7 @@ def correct(text: str, completion: Completion, score: tuple, config: Config) -> 
 
 
 def well_formatted(text: str, completion: Completion, score: tuple, config: Config) -> bool:
-    return score[0].get("format", 1.0) == 1.0  # a task whose WEIGHTS know no format has none
+    return score[0].get("format", 1.0) == 1.0  # where the format weighs nothing, none is asked for
 
 
 def one_language(text: str, completion: Completion, score: tuple, config: Config) -> bool:
@@ -112,7 +113,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
 
     known holds what a killed run had already sampled, as {(round, first problem): chunk}; keep(chunk) writes one down.
     """
-    tasks = find_tasks(config.task, config.level, "", config.style)
+    tasks = find_tasks(config.task, config.level, config.weights, config.style)
     drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
              for problem in task.problems(count, "train", config.seed)]
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
@@ -152,7 +153,8 @@ def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, sou
     rows, dropped, seen = [], Counter(), Counter()
     for index, (i, completion, text) in enumerate(zip(repeated, completions, texts), start * config.samples):
         task, problem = drawn[i]
-        score = task.seam.score(problem, text)
+        parts, verdict = task.seam.score(problem, text)
+        score = {name: value for name, value in parts.items() if task.weights.get(name)}, verdict
         reason = next((f.__name__ for f in FILTERS if not f(text, completion, score, config)), None)
         if reason is None:
             reason = "duplicates" if seen[i, text] else "per_puzzle" if seen[i] == config.per_puzzle else None

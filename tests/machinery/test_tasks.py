@@ -17,10 +17,11 @@ from countdown import split_of
 from machinery import plots
 from machinery.run_folder import append_jsonl, read_jsonl
 from machinery.tasks import BUILT_IN, Task, draw_problems, find_tasks, pairs, shares
+from sampling import Completion
 from test_training import train
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = re.search(r"```python\n# backwards\.py\n(.*?)```", (ROOT / "docs" / "fork-it.md").read_text(), re.DOTALL)[1]
+OWN = re.search(r"```python\n# largest\.py\n(.*?)```", (ROOT / "docs" / "fork-it.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +38,14 @@ def quiet_machine(monkeypatch):
 def files(tmp_path_factory) -> dict[str, str]:
     """The task file of docs/fork-it.md, and a file of 200 questions."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "backwards.py").write_text(OWN)
+    (folder / "largest.py").write_text(OWN)
     append_jsonl(folder / "sums.jsonl", *({"question": f"what is {a}+{b}?", "answer": a + b}
                                           for a in range(10) for b in range(20)))
-    return {"backwards": str(folder / "backwards.py"), "sums": str(folder / "sums.jsonl")}
+    return {"largest": str(folder / "largest.py"), "sums": str(folder / "sums.jsonl")}
 
 
 @pytest.fixture(params=[(name, level) for name in BUILT_IN for level in find_tasks(name)[0].seam.LEVELS]
-                + [("backwards", ""), ("sums", "")], ids="-".join)
+                + [("largest", ""), ("sums", "")], ids="-".join)
 def task(request, files) -> Task:
     name, level = request.param
     return find_tasks(files.get(name, name), level)[0]
@@ -180,20 +181,20 @@ def test_a_gold_that_does_not_score_is_refused(tmp_path):
 def test_a_file_of_ones_own_trains_evaluates_and_is_sampled_from(files, base, tmp_path, monkeypatch, capsys):
     """Without touching another file; its reward parts reach metrics, rollouts and the plot by themselves."""
     assert len(OWN.splitlines()) <= 60
-    rows = train(monkeypatch, base, tmp_path / "run", task=files["backwards"], steps=2, eval_n=8, eval_every=1,
+    rows = train(monkeypatch, base, tmp_path / "run", task=files["largest"], steps=2, eval_n=8, eval_every=1,
                  sample_every=1)
     assert {"accuracy", "close", "reward"} <= rows[1].keys() and {"eval_pass@1", "eval_close"} <= rows[1].keys()
     rollout = read_jsonl(tmp_path / "run" / "rollouts.jsonl")[0]
-    assert rollout["task"] == "backwards" and rollout["parts"].keys() == {"accuracy", "close"}
-    assert "backwards: close" in [title for title, *_ in plots.panels_of(tmp_path / "run")]
+    assert rollout["task"] == "largest" and rollout["parts"].keys() == {"accuracy", "close"}
+    assert "largest: close" in [title for title, *_ in plots.panels_of(tmp_path / "run")]
     plots.plot_run(tmp_path / "run")
     assert (tmp_path / "run" / "curve.png").exists()
     monkeypatch.setattr(rejection, "FILTERS", (rejection.one_language,))  # a random model is never right
-    monkeypatch.setattr(sys, "argv", ["rejection.py", "--model", str(base), "--task", files["backwards"], "--n", "8",
+    monkeypatch.setattr(sys, "argv", ["rejection.py", "--model", str(base), "--task", files["largest"], "--n", "8",
                                       "--max-new-tokens", "8", "--out", str(tmp_path / "rows.jsonl")])
     rejection.main()
     rows = read_jsonl(tmp_path / "rows.jsonl")
-    assert rows and all(split_of(" ".join(map(str, row["numbers"]))) == "train" for row in rows)
+    assert rows and all(split_of(" ".join(map(str, sorted(row["numbers"])))) == "train" for row in rows)
 
 
 def test_two_tasks_in_one_run_are_logged_and_evaluated_apart(files, base, tmp_path, monkeypatch):
@@ -202,3 +203,17 @@ def test_two_tasks_in_one_run_are_logged_and_evaluated_apart(files, base, tmp_pa
     assert "needless_thinking" not in {name.removeprefix("eval_sums_") for name in rows[1] if "sums" in name}
     titles = [title for title, *_ in plots.panels_of(tmp_path / "run")]
     assert titles[len(plots.PANELS):] == ["sums: accuracy"]
+
+
+def test_answers_without_tags_are_kept_where_the_format_weighs_nothing(files, base, tmp_path, monkeypatch, refused):
+    def complete(model, tokenizer, prompts, **settings):
+        texts = [str(eval(prompt.split()[-1].rstrip("?"))) for prompt in prompts]
+        return None, [Completion([1, 2], [0.0, 0.0], truncated=False)] * len(texts), texts
+    monkeypatch.setattr(rejection, "complete", complete)
+    flags = ("--model", base, "--task", files["sums"], "--n", 8, "--samples", 2, "--out", tmp_path / "rows.jsonl")
+    refused(rejection, *flags, says=("none was left after the filter well_formatted",))
+    monkeypatch.setattr(sys, "argv", ["rejection.py", *map(str, flags), "--weights", "format=0"])
+    rejection.main()
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    assert len(rows) == 8 and all(row["completion"] == row["answer"] for row in rows)
+    assert all(row["prompt"] == f"{row['question']}\n" and split_of(row["question"]) == "train" for row in rows)
