@@ -128,8 +128,8 @@ def describe_step(rollouts, language: str) -> dict[str, float]:
 
 
 def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -> dict[str, float]:
-    """What R1 is asked beside puzzles: shares of 512 replies to greetings that think, and, for the tiny model, that are good by the rule; and of 512
-    direct arithmetic questions those that are answered right and without thinking."""
+    """What R1 is asked beside puzzles: shares of 512 replies to greetings that think, and, for the tiny model, that are good
+    by the rule; and of 512 direct arithmetic questions those that are answered right and without thinking."""
     rng, each = random.Random(config.seed), max(1, min(n, GENERAL_N) // len(GREETINGS))
     n = each * len(GREETINGS)
     questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(each)]

@@ -78,9 +78,9 @@ class Config:
 def student_config(config: Config, seed: int) -> distill.Config:
     folder = Path(config.out) / f"seed{seed}"
     return distill.Config(
-        teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder), task=config.task, level=config.level,
-        style=config.style, n=config.puzzles, samples=max(1, config.samples // 2), rl_steps=config.zero_steps,
-        after_steps=config.zero_steps, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
+        teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder),
+        task=config.task, level=config.level, style=config.style, n=config.puzzles,
+        samples=max(1, config.samples // 2), rl_steps=config.zero_steps, after_steps=config.zero_steps, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
         eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
 
 
@@ -149,7 +149,8 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
     stages += distill.student_stages(student_config(config, seed))
     if config.task == "countdown" and config.level in ("", "laptop"):
         stages += [Stage(f"four-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --level laptop4 "
-                         f"--style {config.style} {measured} --samples 1 --json {folder}/four-{name}.json") for name in ("zero", "rl-all", "distill")]
+                         f"--style {config.style} {measured} --samples 1 --json {folder}/four-{name}.json")
+                   for name in ("zero", "rl-all", "distill")]
     return stages
 
 

@@ -104,7 +104,8 @@ def new_model(name: str, seed: int):
 
 
 def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny") -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes. Raises ValueError with the line number where a field is missing."""
+    """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes.
+    Raises ValueError with the line number where a field is missing."""
     check_rows(rows, path, ("prompt", "completion"), "both")
     examples = []
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):

@@ -1,4 +1,4 @@
-"""Reinforcement learning on Countdown, or on any task. By default R1-Zero: pure GRPO on a base model, accuracy and format rewards only.
+"""Reinforcement learning on Countdown or any task. By default R1-Zero: pure GRPO on a base, rewards by rules only.
 
     python train_countdown.py                    # 2 CPU cores: 4 to 11 minutes, held-out pass@1 42.2% -> 97.7%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
@@ -64,7 +64,7 @@ from sampling import complete
 class Config:
     # the algorithm
     model: str = "models/tiny-base"  # checkpoint directory or hub id to start from
-    task: str = "countdown"          # countdown, arithmetic, general, a .py or .jsonl file; several: countdown=3,general=1
+    task: str = "countdown"          # countdown, arithmetic, general, a .py or .jsonl file; or countdown=3,general=1
     level: str = ""                  # of the tasks, with commas, as laptop4 of countdown; empty: their first ones
     style: str = "tiny"              # prompt template: tiny, base or chat
     steps: int = 80                  # one batch of fresh completions each, and an optimizer step per inner epoch

@@ -45,7 +45,8 @@ class Rollout:
 
 def collect(problems, prompts, texts, completions, scores, rewards, advantages, trained,
             first_group: int) -> list[Rollout]:
-    """Lists of B, problems as (task, problem), rewards (P, G), advantages (B,) or (B, T), indices of those trained on -> B rollouts."""
+    """Lists of B, problems as (task, problem), rewards (P, G), advantages (B,) or (B, T), indices of those trained on ->
+    B rollouts."""
     size, trained = rewards.shape[1], set(trained)
     means, stds = rewards.mean(dim=1).tolist(), rewards.std(dim=1, correction=0).tolist()
     return [Rollout(first_group + i // size, problems[i][0].name, prompts[i], texts[i], completions[i], scores[i],

@@ -48,8 +48,8 @@ class Task:
         return fill_template(self.seam.question(problem, style), style, tokenizer, examples)
 
     def problems(self, n: int, split: str, seed: int) -> list:
-        """n different ones, in an order that the seed fixes. Raises ValueError where the task has fewer; with n = 0: 512, or
-        as many as it has."""
+        """n different ones, in an order that the seed fixes; n = 0: 512, or as many as there are. Raises ValueError where
+        the task has fewer."""
         rng, what = random.Random(seed), {"train": "train", "test": "held-out"}[split]
         return distinct(n or 512, lambda: self.seam.draw(rng, self.level, split), self.seam.key,
                         f"task {self.name} at level {self.level!r}", f"{what} problems", fewer=not n)
@@ -112,9 +112,6 @@ def draw_problems(tasks: tuple[Task, ...], n: int, rng: random.Random) -> list[t
             for task, count in zip(tasks, shares(tasks, n)) for _ in range(count)]
 
 
-# --------------------------------------------------------------------------------------- found, and looked at before work
-
-
 def as_dict(problem) -> dict:
     return problem._asdict() if hasattr(problem, "_asdict") else dict(problem)
 
@@ -132,14 +129,21 @@ def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tin
     levels, changed = [name for name in level.split(",") if name], pairs(weights, "weights")
     for name, share in named.items():
         if not share > 0:
-            raise ValueError(f"got --task {tasks}, where {name} has weight {share:g}; expected more than 0, or leave it out")
+            raise ValueError(f"got --task {tasks}, where {name} has weight {share:g}; expected more than 0, or leave "
+                             "it out")
         seam = load_seam(name)
         own_level = next((known for known in levels if known in seam.LEVELS), next(iter(seam.LEVELS)))
         own_weights = {**seam.WEIGHTS, **{part: weight for part, weight in changed.items() if part in seam.WEIGHTS}}
         found.append(Task(Path(name).stem, name, seam, own_level, share / sum(named.values()), own_weights))
-        check_task(found[-1], style)
-    every = {known: None for seam in [*(task.seam for task in found), *map(load_seam, pairs(beside, "task", 1.0) if beside else ())]
-             for known in seam.LEVELS}
+        try:
+            check_task(found[-1], style)
+        except ValueError:
+            raise
+        except Exception as error:  # somebody's own code
+            raise ValueError(f"got task {name}, which fails on its own problems ({type(error).__name__}: {error}); "
+                             "expected draw, key, question, score and gold to take what draw returns") from None
+    others = map(load_seam, pairs(beside, "task", 1.0)) if beside else ()
+    every = {known: None for seam in [*(task.seam for task in found), *others] for known in seam.LEVELS}
     if unknown := [name for name in levels if name not in every]:
         raise ValueError(f"got level {unknown[0]!r}, expected one of {', '.join(every)}")
     if unknown := [name for name in changed if not any(name in task.weights for task in found)]:
@@ -220,18 +224,18 @@ def check_task(task: Task, style: str) -> None:
         except ValueError as error:
             if rng.left >= 0:
                 raise
-            raise ValueError(f"got task {task.name} without a {split} problem at level {task.level!r} ({error}); expected "
-                             "draw(rng, level, split) to know both train and test") from None
+            raise ValueError(f"got task {task.name} without a {split} problem at level {task.level!r} ({error}); "
+                             "expected draw(rng, level, split) to know both train and test") from None
         keys[split] = {seam.key(problem) for problem in problems}
         for problem in problems:
             parts, verdict = seam.score(problem, seam.gold(problem))
             if verdict != "correct":
-                raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; expected "
-                                 "'correct'")
+                raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; "
+                                 "expected 'correct'")
             if missing := [name for name in task.weights if name not in (*parts, *FILLED_IN)]:
-                raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its score "
-                                 f"gives ({', '.join(parts) or 'none'})")
+                raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its "
+                                 f"score gives ({', '.join(parts) or 'none'})")
             seam.question(problem, style)
     if both := keys["train"] & keys["test"]:
-        raise ValueError(f"got task {task.name}, which draws {both.pop()!r} for train and for test; expected each key in one "
-                         "of them: see countdown.split_of")
+        raise ValueError(f"got task {task.name}, which draws {both.pop()!r} for train and for test; expected each key in "
+                         "one of them: see countdown.split_of")

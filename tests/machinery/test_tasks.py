@@ -157,6 +157,7 @@ def no_model(monkeypatch):
     ("def gold(", "def silver(", ("got task", "without gold", "expected LEVELS, WEIGHTS, draw, key, question, score, gold")),
     ("import split_of", "import splitter", ("which does not import (ImportError",)),
     ("WEIGHTS = {", "WEIGHTS = {} or {'beauty': 1.0, ", ("whose WEIGHTS name 'beauty'", "a part that its score gives")),
+    ("rng.randint", "rng.randnit", ("which fails on its own problems (AttributeError",)),
     ("== split:", "== 'train':", ("draws", "for train and for test")),
     ("== split:", "== split == 'train':", ("without a test problem", "to know both train and test")),
     ("LEVELS = {", "LEVELS = {} and {", ("with LEVELS {}",)),
