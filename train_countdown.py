@@ -7,7 +7,7 @@
     python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
     torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
 
-The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
+The algorithm, one step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
     1. draw P train problems
     2. sample G completions of each
@@ -19,9 +19,9 @@ The algorithm, one optimizer step (DeepSeek-R1, arXiv 2501.12948, section 2.2; t
 
 Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
 no KL by default, since rules are harder to fool than a learnt judge and the reference would cost one more forward pass;
-batch 256, one update a batch, so that the ratio is 1 and the clip idle unless --inner-epochs says otherwise; a learning
-rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise together; the last line says
-pass@1 before -> after; `python -m machinery.rollouts RUN --show 20` prints every completion of step 20.
+batch 256, one update a batch, so that the ratio is 1, up to rounding, and the clip idle unless --inner-epochs says
+otherwise; a learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise together;
+the last line says pass@1 before -> after; `python -m machinery.rollouts RUN --show 20` prints all completions of step 20.
 
 Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
 tokens, M max_new_tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what
@@ -228,6 +228,7 @@ def start(config: Config):
         tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
                    for problem in task.problems(config.eval_n, "test", seed=0)]  # do they fit the context?
+        # and of the train prompts a sample of 20 steps
         prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in
                     draw_problems(tasks, config.batch_size // config.group_size, random.Random(seed))]
         if any("preference" in task.weights for task in tasks):
@@ -329,7 +330,7 @@ def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logp
     weights = token_weights(mask, config.average, max_new_tokens=config.max_new_tokens)
     loss, stats = grpo_loss(logprobs, old_logprobs, own, weights, divisor=divisor, clip_low=config.clip_low,
                             clip_high=config.clip_high, ref_logprobs=ref, kl_coef=config.kl_coef)
-    gap = (logprobs.detach() - old_logprobs).abs()  # (b, T-1); all three are 0 where the mask is 0
+    gap = (logprobs.detach() - old_logprobs).abs()  # (b, T-1); they and entropy are 0 where the mask is 0
     sums = {"loss": loss.item(), "entropy": entropy.sum().item(), "logprob_gap": gap.sum().item(), **stats}
     return loss, sums, gap.max().item()
 
@@ -353,7 +354,7 @@ def evaluate_policy(run: Run, config: Config) -> dict:
 
 
 def evaluated_tasks(config: Config) -> list[Task]:
-    """Those of --eval-task or --task that a rule can judge."""
+    """Those of --eval-task or --task that a rule can judge; where there is none, all."""
     tasks = find_tasks(config.eval_task or config.task, config.level, "", config.style, config.task)
     return [task for task in tasks if "accuracy" in task.weights] or list(tasks)
 
