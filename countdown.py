@@ -147,9 +147,9 @@ def distinct(n: int, draw, key, where: str, what: str, *, fewer: bool = False) -
         problem, before = draw(), len(found)
         found.setdefault(key(problem), problem)
         repeats += len(found) == before
-        if repeats > 1000 + 20 * n and fewer:
-            break
         if repeats > 1000 + 20 * n:
+            if fewer:
+                break
             raise ValueError(f"got n={n}, but {where} has only about {len(found)} {what}; ask for fewer")
     return list(found.values())
 
@@ -161,6 +161,11 @@ BASE_TEMPLATE = """A user asks a question and an assistant answers it. The assis
 User: {question}
 Assistant: Let me work through this step by step.
 <think>"""
+
+
+def check_style(style: str, styles: tuple[str, ...] = STYLES) -> None:
+    if style not in styles:
+        raise ValueError(f"got style {style!r}, expected {', '.join(styles[:-1])} or {styles[-1]}")
 
 
 def question(puzzle: Puzzle, style: str = "tiny") -> str:
@@ -205,7 +210,7 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
 
 
 # ------------------------------------------------------------------------------------- the seam: Countdown as a task
-# With LEVELS and question these are all the names that a task has: docs/fork-it.md says what each has to do.
+# With LEVELS and question these are all the names that a task has: machinery/tasks.py says what each has to do.
 WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language" is of --language
 VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
 

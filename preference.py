@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from countdown import fill_template
+from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import DTYPES, check_device, check_dtype, find_directory, load, read_directory, save
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
@@ -58,8 +58,7 @@ class Config:
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        if self.style not in ("tiny", "chat"):
-            raise ValueError(f"got style {self.style!r}, expected tiny or chat")
+        check_style(self.style, ("tiny", "chat"))
         check_positive(self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_norm", "eval_pairs")
 
 

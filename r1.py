@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import distill
-from evaluate import wilson_interval
+from evaluate import mean, wilson_interval
 from machinery.checkpoints import check_dtype
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
@@ -170,11 +170,6 @@ ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
     "distill-rl": ("distilled student, then RL", ("distill-rl",)),
 }
 COLUMNS = ("pass@1", "language", "mixed", "format", "completion_tokens", "needless_thinking", "greetings", "arithmetic")
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def collect(config: Config) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from countdown import STYLES, fill_template
+from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from machinery.checkpoints import DTYPES, check_device, check_dtype, load
 from machinery.flags import StopRequest, bad_input_exits, check_positive, disk_full_exits, fail, parse_config
@@ -65,8 +65,7 @@ class Config:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"got optimizer {self.optimizer!r}, expected adamw or muon")
         check_dtype(self.dtype)
-        if self.style not in STYLES:
-            raise ValueError(f"got style {self.style!r}, expected tiny, base or chat")
+        check_style(self.style)
         if self.optimizer == "muon" and (self.dtype != "float32" or self.offload_optimizer):
             raise ValueError("got optimizer muon with --dtype bfloat16 or --offload-optimizer, expected fp32 on the "
                              "device; use --optimizer adamw")

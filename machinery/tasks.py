@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from countdown import STYLES, distinct, fill_template
+from countdown import check_style, distinct, fill_template
 from rewards import answer_or_text, language_reward
 
 BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "general": "tasks.general"}
@@ -50,9 +50,7 @@ class Task:
     def problems(self, n: int, split: str, seed: int) -> list:
         """n different ones, in an order that the seed fixes; n = 0: 512, or as many as there are. Raises ValueError where
         the task has fewer."""
-        rng, what = random.Random(seed), {"train": "train", "test": "held-out"}[split]
-        return distinct(n or 512, lambda: self.seam.draw(rng, self.level, split), self.seam.key,
-                        f"task {self.name} at level {self.level!r}", f"{what} problems", fewer=not n)
+        return list(distinct_problems(self.name, self.seam, self.level, n, split, seed))
 
     def examples(self, n: int, style: str, seed: int) -> list[tuple[str, str]]:
         rng = random.Random(seed)
@@ -71,6 +69,14 @@ class Task:
         answers = list(map(answer_or_text, texts))
         votes = Counter(filter(None, answers)).most_common(1)  # on a tie the first one wins
         return bool(votes) and self.seam.score(problem, texts[answers.index(votes[0][0])])[1] == "correct"
+
+
+@lru_cache(maxsize=16)
+def distinct_problems(name: str, seam, level: str, n: int, split: str, seed: int) -> list:
+    """Task.problems, drawn once: an evaluation asks for the same ones each time, and a large level takes seconds."""
+    rng, what = random.Random(seed), {"train": "train", "test": "held-out"}[split]
+    return distinct(n or 512, lambda: seam.draw(rng, level, split), seam.key, f"task {name} at level {level!r}",
+                    f"{what} problems", fewer=not n)
 
 
 class Score(NamedTuple):
@@ -123,8 +129,7 @@ def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tin
 
     level: with commas between, one for each task that shall not take its first. beside: tasks named by another flag,
     which may know a level too."""
-    if style not in STYLES:
-        raise ValueError(f"got style {style!r}, expected {', '.join(STYLES[:-1])} or {STYLES[-1]}")
+    check_style(style)
     named, found = pairs(tasks, "task", 1.0), []
     levels, changed = [name for name in level.split(",") if name], pairs(weights, "weights")
     for name, share in named.items():

@@ -1,5 +1,6 @@
 """Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; a model that many use."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16)
+
+
+@pytest.fixture
+def quiet_training(monkeypatch):
+    """Training takes Ctrl-C for itself, the test takes it back. A picture takes a second, and few tests need one."""
+    import train_countdown
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import train_countdown
 from conftest import TINY
 from machinery import run_folder
 from machinery.checkpoints import load, save
-from rewards import extract_answer, verify
+from test_training import digit_score
 
 ROOT = Path(train_countdown.__file__).parent
 QUICK = ("--steps", "4", "--batch-size", "16", "--group-size", "4", "--max-new-tokens", "16", "--eval-n", "8",
@@ -41,17 +41,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def easy_reward(monkeypatch):
-    """The share of digits, so that there is something to train; no picture; Ctrl-C stays with pytest."""
-    def digits(puzzle, text):
-        share = sum(c.isdigit() for c in text) / max(1, len(text))
-        return {"accuracy": share, "format": 0.0}, verify(extract_answer(text), *puzzle)[1]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(countdown, "score", digits)
-    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def easy_reward(monkeypatch, quiet_training):
+    """The share of digits, so that there is something to train."""
+    monkeypatch.setattr(countdown, "score", digit_score)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """RL on all prompts: general prompts in the last steps, scored by a reward model, in the tiny and in a chat style."""
 
-import signal
 import sys
 
 import pytest
@@ -13,6 +12,8 @@ from countdown import fill_template
 from machinery.checkpoints import load, save
 from machinery.run_folder import read_jsonl
 from preference import RewardModel, save_reward_model
+
+pytestmark = pytest.mark.usefixtures("quiet_training")
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}make{% endif %}"
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
@@ -29,15 +30,6 @@ def world(request, base, tmp_path_factory):
     torch.manual_seed(0)
     save_reward_model(RewardModel(model), tokenizer, folder / "judge")
     return request.param, folder / "model", folder / "judge"
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine(monkeypatch):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def flags(world, out, **more) -> list[str]:

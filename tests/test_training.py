@@ -6,7 +6,6 @@ easy one, the share of digits in the text, and every test that speaks of trainin
 
 import json
 import math
-import signal
 import sys
 
 import pytest
@@ -29,16 +28,9 @@ TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 
 
 @pytest.fixture(autouse=True)
-def quiet_machine(monkeypatch):
-    """Scripts take Ctrl-C for themselves; tests take it back. Most tests need no picture, and drawing one takes a
-    second."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def quiet_machine(monkeypatch, quiet_training):
     monkeypatch.setitem(sft.TINY_MODELS, "test", TINY)
-    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
     monkeypatch.setattr(countdown, "score", digit_score)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def digit_score(puzzle, text):

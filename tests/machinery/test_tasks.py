@@ -4,7 +4,6 @@ any model is loaded."""
 import json
 import random
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -20,18 +19,10 @@ from machinery.tasks import BUILT_IN, Task, draw_problems, find_tasks, pairs, sh
 from sampling import Completion
 from test_training import train
 
+pytestmark = pytest.mark.usefixtures("quiet_training")
+
 ROOT = Path(__file__).resolve().parents[2]
 OWN = re.search(r"```python\n# largest\.py\n(.*?)```", (ROOT / "docs" / "fork-it.md").read_text(), re.DOTALL)[1]
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine(monkeypatch):
-    """Training takes Ctrl-C for itself, the test takes it back; a picture takes a second."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
