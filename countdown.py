@@ -180,26 +180,34 @@ def question(puzzle: Puzzle, style: str = "tiny") -> str:
             "<answer>(1+2)/3</answer>.")
 
 
-def fill_template(question: str, style: str = "tiny", tokenizer=None, examples=()) -> str:
+def fill_template(question: str | list, style: str = "tiny", tokenizer=None, examples=(), *, reply: bool = True) -> str:
     """A question of any task -> what stands before the completion; the completion begins right where it ends.
 
     tiny: the question as it is. base: for pretrained checkpoints without chat tuning, ends inside <think>. chat: the
     tokenizer's own chat template, ready for the assistant's first token. examples: (question, completion) pairs that
-    come first, for few-shot prompts; in chat style as earlier turns."""
-    if style == "tiny":
+    come first, for few-shot prompts; in chat style as earlier turns. A question that is a conversation, [{"role",
+    "content"}, ...], goes into the chat template whatever the style. reply=False: without the beginning of a reply.
+    Raises ValueError where there is no such template, or it refuses the conversation."""
+    if style == "tiny" and isinstance(question, str):
         return "".join(f"{example}{text}\n\n" for example, text in examples) + question
-    if style == "base":
+    if style == "base" and isinstance(question, str):
         shots = [BASE_TEMPLATE.format(question=example).removesuffix("<think>") + text + "\n\n"
                  for example, text in examples]
         return "".join(shots) + BASE_TEMPLATE.format(question=question)
-    if style == "chat":
+    if style == "chat" or isinstance(question, list):
+        from jinja2 import TemplateError  # comes with transformers
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("got style 'chat' with a tokenizer that has no chat template; "
+            raise ValueError("got style 'chat' or a conversation with a tokenizer that has no chat template; "
                              "use style 'base' or a chat checkpoint")
         messages = [message for asked, text in examples for message in (
             {"role": "user", "content": asked.strip()}, {"role": "assistant", "content": text})]
-        messages.append({"role": "user", "content": question.strip()})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages += [{"role": "user", "content": question.strip()}] if isinstance(question, str) else question
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"got a conversation ({roles}) that the chat template refuses ({error}); expected one that it "
+                             "takes") from None
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 
 

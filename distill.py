@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 
-from machinery.checkpoints import check_dtype, find_directory, read_hf_config
+from machinery.checkpoints import check_dtype, find_directory, read_hf_config, read_tokenizer
+from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
-from machinery.run_folder import read_jsonl
 from machinery.stages import Stage, check_inputs, read_record, run_stage
 from machinery.tasks import find_tasks
 from model import Model
@@ -163,9 +163,7 @@ def main() -> None:
     stages = student_stages(config)
     with bad_input_exits():
         if config.logits:  # said before an hour of work, not after it
-            from transformers import AutoTokenizer
-            student, teacher = (AutoTokenizer.from_pretrained(find_directory(name))
-                                for name in (config.student, config.teacher))
+            student, teacher = (read_tokenizer(find_directory(name)) for name in (config.student, config.teacher))
             check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
         check_inputs(stages[1 if config.non_cot and not config.data else 0], [])
         for stage in stages:

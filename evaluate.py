@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from countdown import fill_template
-from machinery.checkpoints import DTYPES, check_dtype, load
+from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
 from machinery.tasks import as_dict, find_tasks
+from machinery.text import check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
 from sampling import complete
 from tasks.general import SMALL_TALK, draw_question, is_good, needless_thinking
@@ -160,7 +161,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     else:
         examples = task.examples(config.shots, config.style, config.seed)
     prompts = [task.prompt(problem, config.style, tokenizer, examples) for problem in problems]
-    settings = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
+    settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],
@@ -206,9 +207,11 @@ def main() -> None:
             raise FileNotFoundError(f"got --json {config.json}, but there is no folder {Path(config.json).parent}; "
                                     "make it first")
         model, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
+        check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         table, records = evaluate(model.eval(), tokenizer, config)
     for record in records[:config.show * config.samples:config.samples]:
-        print(f"{record['prompt'].removesuffix('<think>')}{record['completion']}\n=> {record['verdict']}\n")
+        prompt = record['prompt'].removesuffix(opened_thinking(record['prompt']))
+        print(f"{prompt}{record['completion']}\n=> {record['verdict']}\n")
     print_table(table)
     if config.json:
         Path(config.json).write_text(json.dumps({**asdict(config), **table}, indent=2) + "\n")

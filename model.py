@@ -237,6 +237,7 @@ class Model(nn.Module):
     def __init__(self, hf_config):
         super().__init__()
         self.hf_config, self.config = hf_config, read_config(hf_config)
+        self.source, self.generation_config = "random weights", {}  # where the checkpoint came from, and what it said
         self.activation_checkpointing = False  # keep each block's input only, compute the rest again in the backward pass
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(self.config.vocab_size, self.config.hidden_size),

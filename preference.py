@@ -32,10 +32,14 @@ from tqdm import tqdm
 
 from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_rows
-from machinery.checkpoints import DTYPES, check_device, check_dtype, find_directory, load, read_directory, save
-from machinery.flags import bad_input_exits, check_positive, fail, parse_config
+from machinery.checkpoints import (DTYPES, check_device, check_dtype, check_finite, end_tokens, find_directory, load,
+                                   read_directory, save)
+from machinery.data import check_rows, prompt_key, read_jsonl
+from machinery.flags import bad_input_exits, broken_weights_exit, check_positive, fail, parse_config
+from machinery.notes import check_learning_rate, check_unknown, note
 from machinery.optimizer import MasterAdamW, clip_gradients
-from machinery.run_folder import append_jsonl, check_rows, create_run, read_jsonl
+from machinery.run_folder import append_jsonl, check_free, create_run, what_to_do
+from machinery.text import check_style_fits, encode_completions, encode_prompts
 from model import Model
 from rewards import END_THINK, THINK
 
@@ -85,11 +89,12 @@ class RewardModel(nn.Module):
 def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):
     """What save_reward_model wrote -> (reward model, tokenizer). Raises ValueError for a plain language model."""
     check_device(device)
-    hf_config, tokenizer, state = read_directory(find_directory(directory))
+    hf_config, generation_config, tokenizer, state = read_directory(find_directory(directory))
     if "score.weight" not in state:
         raise ValueError(f"got {directory}, which is a language model; expected a reward model: "
                          "python preference.py --data PAIRS.jsonl makes one")
     reward_model = RewardModel(Model(hf_config))
+    reward_model.backbone.source, reward_model.backbone.generation_config = str(directory), generation_config
     reward_model.score.load_state_dict({"weight": state.pop("score.weight")})
     missing, unexpected = reward_model.backbone.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
@@ -115,42 +120,47 @@ def final_reply(completion: str) -> str:
     return re.sub(f"{THINK}.*?({END_THINK}|$)", "", completion, flags=re.DOTALL).strip()
 
 
-def rows_to_score(tokenizer, prompts: list[str], completions: list[str]) -> list[list[int]]:
-    """Ids of prompt, final reply and EOS; the chain of thought is taken out before."""
+def rows_to_score(tokenizer, prompts: list[str], completions: list[str],
+                  style: str | list[str] = "tiny") -> list[list[int]]:
+    """Ids of prompt, final reply and EOS; the chain of thought is taken out before. style: of all prompts, or of each."""
     if not prompts:
         return []
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    reply_ids = tokenizer([final_reply(text) for text in completions], add_special_tokens=False)["input_ids"]
+    prompt_ids = encode_prompts(tokenizer, prompts, style)
+    reply_ids = encode_completions(tokenizer, [final_reply(text) for text in completions])
     return [prompt + reply + [tokenizer.eos_token_id] for prompt, reply in zip(prompt_ids, reply_ids, strict=True)]
 
 
 @torch.no_grad()
 def preference_scores(reward_model, tokenizer, prompts: list[str], completions: list[str],
-                      token_budget: int = 8192) -> list[float]:
+                      style: str = "tiny", token_budget: int = 8192) -> list[float]:
     """A score per completion, higher is better; only differences between replies to one prompt mean anything.
 
-    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling."""
+    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling. Raises
+    BrokenWeights where a score is not finite."""
     context = reward_model.backbone.config.context
-    rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions)]
+    rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions, style)]
     scores = [0.0] * len(rows)
     for micro_batch in micro_batches(list(map(len, rows)), token_budget):
         for i, score in zip(micro_batch, reward_model([rows[i] for i in micro_batch]).tolist()):
             scores[i] = score
+    check_finite(scores, reward_model.backbone.source, "scores")
     return scores
 
 
 def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[dict]:
     """Pairs with their token rows. Raises ValueError with the line number where a field is missing or too long."""
     pairs = read_jsonl(path)
-    check_rows(pairs, path, ("prompt", "chosen", "rejected"), "all three")
+    pairs = check_rows(pairs, path, ("prompt", "chosen", "rejected"), "all three")
     prompts = [fill_template(pair["prompt"], style, tokenizer) for pair in pairs]
-    chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs])
+    styles = ["chat" if isinstance(pair["prompt"], list) else style for pair in pairs]
+    chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs], styles)
                         for name in ("chosen", "rejected"))
+    check_unknown(tokenizer, prompts + [pair["chosen"] for pair in pairs], chosen, path)
     for number, rows in enumerate(zip(chosen, rejected), 1):
         if max(map(len, rows)) > context:
             raise ValueError(f"got {path}, line {number} of {max(map(len, rows))} tokens, more than the model's "
                              f"context of {context}; leave it out")
-    return [{"flaw": pair.get("flaw", "all"), "chosen": c, "rejected": r}
+    return [{"flaw": pair.get("flaw", "all"), "prompt": pair["prompt"], "chosen": c, "rejected": r}
             for pair, c, r in zip(pairs, chosen, rejected)]
 
 
@@ -174,6 +184,7 @@ def agreement(reward_model, pairs: list[dict], token_budget: int) -> dict[str, f
     return {"loss": sum(losses) / len(losses), **{flaw: sum(r) / len(r) for flaw, r in sorted(right.items())}}
 
 
+@broken_weights_exit()
 def main() -> None:
     if "--say" in sys.argv:
         return say()
@@ -181,6 +192,7 @@ def main() -> None:
 
     # 1. model, pairs and run folder; everything that can be wrong with the input is said here
     with bad_input_exits():
+        check_free(config.out)
         backbone, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
         pairs = read_pairs(config.data, tokenizer, backbone.config.context, config.style)
         random.Random(config.seed).shuffle(pairs)
@@ -188,6 +200,12 @@ def main() -> None:
         if not pairs or not held_out:
             raise ValueError(f"got {len(held_out) + len(pairs)} pairs in {config.data}, of which --eval-pairs "
                              f"{config.eval_pairs} are kept out; expected at least one on each side")
+        trained = {prompt_key(pair["prompt"]) for pair in pairs}
+        if seen := sum(prompt_key(pair["prompt"]) in trained for pair in held_out):
+            note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too: what is measured "
+                 "there is new replies, not new prompts")
+        check_style_fits(backbone, tokenizer, config.style, end_tokens(backbone, tokenizer))
+        check_learning_rate(backbone, config.learning_rate, 1e-4)
         run = create_run(config.out, config)
     print(f"{config}\n{len(pairs):,} pairs, {len(held_out)} held out")
     reward_model = RewardModel(backbone)
@@ -213,7 +231,8 @@ def main() -> None:
             total += loss.item()
         norm = clip_gradients(optimizer.gradients(), config.clip_norm)
         if not math.isfinite(norm):
-            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one. Lower --learning-rate")
+            fail(f"got a gradient norm of {norm} at step {step + 1} from {backbone.source}, expected a finite one"
+                 f"{what_to_do(run, step)}")
         optimizer.set_learning_rate(config.learning_rate * min((step + 1) / 10, 1 - step / steps))
         optimizer.step()
         reward_model.zero_grad()
@@ -221,6 +240,7 @@ def main() -> None:
 
     # 3. what it has learnt, on pairs that it never saw
     table = agreement(reward_model, held_out, config.micro_batch_tokens)
+    check_finite(table["loss"], backbone.source, "scores")
     append_jsonl(run / "metrics.jsonl", {"step": steps, "n": len(held_out),
                                          **{f"eval_{name}": value for name, value in table.items()}})
     save_reward_model(reward_model, tokenizer, run / "checkpoint")
@@ -237,7 +257,7 @@ def say() -> None:
     with bad_input_exits():
         reward_model, tokenizer = load_reward_model(config.model, device=config.device)
         prompt = fill_template(f"{prompt}\n", config.style, tokenizer)
-    scores = preference_scores(reward_model, tokenizer, [prompt] * len(replies), replies)
+    scores = preference_scores(reward_model, tokenizer, [prompt] * len(replies), replies, config.style)
     for reply, score in zip(replies, scores):
         print(f"{score:8.2f}  {reply}")
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import distill
 from evaluate import mean, wilson_interval
 from machinery.checkpoints import check_dtype
+from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
-from machinery.run_folder import read_jsonl
 from machinery.stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
 from machinery.tasks import find_tasks
 

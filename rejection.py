@@ -27,11 +27,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from machinery.checkpoints import DTYPES, check_dtype, load
+from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
+from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
-from machinery.run_folder import append_jsonl, check_rows, read_jsonl, saved_checkpoint, write_whole
-from machinery.stages import fingerprint
+from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
 from machinery.tasks import as_dict, find_tasks, shares
+from machinery.text import check_style_fits, encode_prompts
 from rewards import ONLY_IN, chain_of_thought, language_reward
 from sampling import Completion, complete
 
@@ -117,7 +118,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
              for problem in task.problems(count, "train", config.seed)]
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
-    longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+    longest = max(map(len, encode_prompts(tokenizer, prompts, config.style)))
     if longest + config.max_new_tokens > model.config.context:
         raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, together "
                          f"more than the model's context of {model.config.context}; lower --max-new-tokens")
@@ -147,7 +148,7 @@ def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, sou
     chunks change no token."""
     repeated = [i for i in range(start, min(start + at_once, len(drawn))) for _ in range(config.samples)]
     _, completions, texts = complete(
-        model, tokenizer, [prompts[i] for i in repeated], max_new_tokens=config.max_new_tokens,
+        model, tokenizer, [prompts[i] for i in repeated], style=config.style, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, slots=config.slots, first_index=start * config.samples,
         seed=random.Random(f"{config.seed}, {round_}").getrandbits(32))
     rows, dropped, seen = [], Counter(), Counter()
@@ -215,8 +216,8 @@ def main() -> None:
         if out.exists():
             raise FileExistsError(f"got --out {out}, which exists and is never overwritten; name another file")
         non_cot = read_jsonl(config.non_cot) if config.non_cot else []
-        check_rows(non_cot, config.non_cot, ("prompt", "completion"),
-                   "both, as python -m tasks.general replies writes them")
+        non_cot = check_rows(non_cot, config.non_cot, ("prompt", "completion"),
+                             "both, as python -m tasks.general replies writes them")
         most = config.n * min(config.samples, config.per_puzzle) * config.rounds
         most = min(most, config.limit or most)
         wanted = math.ceil(most * config.non_cot_share / (1 - config.non_cot_share))
@@ -229,8 +230,11 @@ def main() -> None:
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
         rows, reports, source, started = [], [], config.model, time.time()
         model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
+        check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         partial_path = Path(f"{out}.partial")  # what is sampled so far; after a kill the same command goes on there
-        known = read_partial(partial_path, {**asdict(config), "weights": fingerprint(config.model)})
+        tasks = [task.spec for task in find_tasks(config.task, config.level, config.weights, config.style)]
+        known = read_partial(partial_path, {**asdict(config), "inputs": [fingerprint(path)
+                                                                         for path in (config.model, *tasks)]})
         for round_ in range(1, config.rounds + 1):
             try:
                 found, report = sample_rows(model.eval(), tokenizer, source, round_, config, known,

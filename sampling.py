@@ -36,8 +36,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from machinery.batching import micro_batches, pad_rows
-from machinery.checkpoints import end_tokens
+from machinery.checkpoints import check_finite, end_tokens
 from machinery.cuda_graphs import Graphs, StaticKVCache
+from machinery.notes import check_truncated, check_unknown
+from machinery.text import decode, encode_prompts, opened_thinking
 from model import KVCache
 
 WINDOW_MULTIPLE = 128  # under CUDA graphs the window begins and ends at multiples of so many columns: fewer shapes
@@ -69,18 +71,22 @@ def sample_plainly(model, prompts: list[list[int]], *, max_new_tokens: int, temp
     return completions
 
 
-def complete(model, tokenizer, prompts: list[str], **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
-    """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. settings go to sample().
+def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny",
+             **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
+    """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. style: of the prompts;
+    settings go to sample().
 
-    The text has no EOS, and where a prompt already ends in <think> the tag is put back, so that rewards always see
-    <think>...</think>."""
+    The text has no EOS, and where a prompt already ends in <think> the tag is put back, with the white space behind it,
+    so that rewards always see <think>...</think>."""
     different = list(dict.fromkeys(prompts))  # the prompts of a group are tokenized once
-    ids_of = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"]))
+    different_ids, eos_ids = encode_prompts(tokenizer, different, style), end_tokens(model, tokenizer)
+    check_unknown(tokenizer, different, different_ids, "the prompts")
+    ids_of = dict(zip(different, different_ids))
     prompt_ids = [ids_of[prompt] for prompt in prompts]
-    completions = sample(model, prompt_ids, eos_ids=end_tokens(model, tokenizer), **settings)
+    completions = sample(model, prompt_ids, eos_ids=eos_ids, **settings)
+    check_truncated(completions, tokenizer.convert_ids_to_tokens(sorted(eos_ids)), settings.get("progress", ""))
     without_eos = [c.token_ids if c.truncated else c.token_ids[:-1] for c in completions]
-    texts = tokenizer.batch_decode(without_eos, skip_special_tokens=False)
-    texts = [f"<think>{text}" if prompt.endswith("<think>") else text for prompt, text in zip(prompts, texts)]
+    texts = [opened_thinking(prompt) + text for prompt, text in zip(prompts, decode(tokenizer, without_eos))]
     return prompt_ids, completions, texts
 
 
@@ -222,7 +228,8 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     first_index: the random stream of the first completion, so that several processes can share one list of prompts.
     static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: only on a GPU.
     progress: the name of a progress bar, shown where it takes longer than 2 seconds; empty: none.
-    Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context."""
+    Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context, and
+    BrokenWeights where log-probs are not finite."""
     config, device = model.config, model.lm_head.weight.device
     longest = max(map(len, prompts), default=0)
     if min(map(len, prompts), default=1) == 0:
@@ -307,6 +314,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
             if static:
                 cache.end += 1  # StaticKVCache moves only the cursor on the device
     bar.close()
+    check_finite(rows.logprobs[:-1], model.source)
     tokens, logprobs, lengths = rows.tokens.tolist(), rows.logprobs.tolist(), rows.lengths.tolist()
     return [Completion(tokens[i][:n], logprobs[i][:n], truncated=tokens[i][n - 1] not in eos_ids)
             for i, n in enumerate(lengths[:-1])]

@@ -20,19 +20,23 @@ import torch
 from tqdm import tqdm
 
 from countdown import check_style, fill_template
+from machinery import notes
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
-from machinery.checkpoints import DTYPES, check_device, check_dtype, load
-from machinery.flags import StopRequest, bad_input_exits, check_positive, disk_full_exits, fail, parse_config
+from machinery.checkpoints import DTYPES, check_device, check_dtype, check_finite, end_tokens, load
+from machinery.data import check_rows, check_unchanged, fingerprint, prompt_key, read_jsonl
+from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
+                             parse_config)
 from machinery.optimizer import MasterAdamW, clip_gradients
-from machinery.run_folder import (append_jsonl, check_rows, create_run, load_checkpoint, read_jsonl, rewind_log,
-                                  save_checkpoint)
+from machinery.run_folder import append_jsonl, check_free, create_run, load_checkpoint, rewind_log, save_checkpoint, what_to_do
+from machinery.text import check_style_fits, continue_prompt, encode_completions, encode_prompts, end_of_turn, opened_thinking
 from model import Model, init_weights, set_context
+from rewards import END_THINK
 
 
 @dataclass(frozen=True)
 class Config:
     # the algorithm
-    data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} a line
+    data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} or {"messages"} a line
     model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
     from_scratch: str = ""               # random weights instead: tiny (Qwen3, 0.8M parameters) or student (0.2M)
     context: int = 0                     # room for tokens, 0: as its config says (from scratch: 1,024)
@@ -102,18 +106,47 @@ def new_model(name: str, seed: int):
     return model, tokenizer
 
 
-def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny") -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes.
-    Raises ValueError with the line number where a field is missing."""
-    check_rows(rows, path, ("prompt", "completion"), "both")
-    examples = []
+def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny",
+             eos_ids: set[int] = frozenset()) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes, or
+    conversations, which the chat template takes. eos_ids: with which sampling stops; a reply in a conversation ends as
+    the chat template ends it, where that is one of them. Raises ValueError with the line number where a field is missing."""
+    rows = check_rows(rows, path, ("prompt", "completion"), "both")
+    styles = ["chat" if isinstance(row["prompt"], list) else style for row in rows]
+    eos = {"chat": end_of_turn(tokenizer, eos_ids) if "chat" in styles else None}
+    examples, texts, unclosed = [], [], 0
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
-        texts = [(fill_template(row["prompt"], style, tokenizer), row["completion"]) for row in rows[start:start + 4096]]
-        # a prompt that ends in <think> has that tag already
-        texts = [(prompt, text.removeprefix("<think>" * prompt.endswith("<think>"))) for prompt, text in texts]
-        prompts, completions = (tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*texts))
-        examples += [(prompt, completion + [tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+        chunk, own = rows[start:start + 4096], styles[start:start + 4096]
+        prompts = [fill_template(row["prompt"], style, tokenizer) for row in chunk]
+        completions = [continue_prompt(prompt, row["completion"]) for prompt, row in zip(prompts, chunk)]
+        unclosed += sum(bool(opened_thinking(prompt)) and END_THINK not in text for prompt, text in zip(prompts, completions))
+        texts += [prompt + completion for prompt, completion in zip(prompts, completions)]
+        examples += [(prompt, ids if ids[-1:] == [end] else [*ids, end]) for prompt, ids, end in zip(
+            encode_prompts(tokenizer, prompts, own), encode_completions(tokenizer, completions),
+            (eos.get(name, tokenizer.eos_token_id) for name in own))]
+    if unclosed:
+        notes.note(f"{unclosed:,} of the {len(rows):,} completions of {path} never close the thinking that their prompt opens "
+                   f"({END_THINK} is missing): they teach to answer inside it")
+    notes.check_unknown(tokenizer, texts, [prompt + completion for prompt, completion in examples], path)
+    only = sum(set(completion[:-1]) == {tokenizer.unk_token_id} or set(prompt) == {tokenizer.unk_token_id}
+               for prompt, completion in examples)
+    if only:
+        notes.note(f"{only:,} of the {len(rows):,} rows of {path} have a prompt or a completion of unknown tokens alone")
     return examples
+
+
+def keep_out(rows: list[dict], examples: list, n: int, seed: int) -> tuple[list, list]:
+    """-> (n held-out examples or a few more, the rest, shuffled): all rows of a prompt are on the same side. A prompt of
+    more than an eighth of n stays in training, as long as there are others."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    same_prompt: dict[str, list[int]] = {}
+    for i in order:
+        same_prompt.setdefault(prompt_key(rows[i]["prompt"]), []).append(i)
+    held_out = []
+    for own in sorted(same_prompt.values(), key=lambda own: len(own) > max(1, n // 8)):
+        held_out += own if len(held_out) < n else []
+    return [examples[i] for i in held_out], [examples[i] for i in order if i not in set(held_out)]
 
 
 def check_same_tokenizer(tokenizer, teacher_tokenizer, config: Config) -> None:
@@ -182,6 +215,7 @@ def completion_losses(model, examples, config: Config, teacher=None):
 def held_out_loss(model, examples, config: Config, teacher=None) -> float:
     """Nats per completion token on rows that were never trained on."""
     losses = [(loss.item(), tokens) for loss, tokens in completion_losses(model, examples, config, teacher)]
+    check_finite([loss for loss, _ in losses], model.source, "held-out losses")
     return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
 
@@ -204,9 +238,12 @@ def start(config: Config):
     """-> (run folder, model, tokenizer, teacher or None, examples, held-out examples, trainer state of a resumed run).
     Everything that can be wrong with the input is said here, before anything is written."""
     with bad_input_exits():
+        if not config.resume:
+            check_free(config.out)
         state, teacher, dtype = None, None, DTYPES[config.dtype]
         if config.resume:
             model, tokenizer, state = load_checkpoint(config.resume, dtype=dtype)
+            check_unchanged(state, config.resume)
         elif config.from_scratch:
             model, tokenizer = new_model(config.from_scratch, config.seed)
         else:
@@ -218,16 +255,20 @@ def start(config: Config):
         if config.teacher:
             teacher, teacher_tokenizer = load(config.teacher, dtype=dtype, device=config.device)
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
-        examples = tokenize(read_jsonl(config.data), tokenizer, config.data, config.style)
-        random.Random(config.seed).shuffle(examples)
-        held_out, examples = examples[:config.eval_rows], examples[config.eval_rows:]
-        if not examples or not held_out:
-            raise ValueError(f"got {len(held_out) + len(examples)} rows in {config.data}, of which --eval-rows "
-                             f"{config.eval_rows} are kept out; expected at least one on each side")
-        longest = max(len(prompt) + len(completion) for prompt, completion in examples + held_out)
+        rows = check_rows(read_jsonl(config.data), config.data, ("prompt", "completion"), "both")
+        examples = tokenize(rows, tokenizer, config.data, config.style, eos_ids := end_tokens(model, tokenizer))
+        longest = max((len(prompt) + len(completion) for prompt, completion in examples), default=0)
         if longest > model.config.context:
             raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
                              f"{model.config.context}; leave it out, or make room with --context")
+        held_out, examples = keep_out(rows, examples, config.eval_rows, config.seed)
+        if not examples or not held_out:
+            prompts = len({prompt_key(row["prompt"]) for row in rows})
+            raise ValueError(f"got {len(rows)} rows of {prompts} different prompts in {config.data}, of which --eval-rows "
+                             f"{config.eval_rows} are kept out; expected at least one on each side, and all rows of a prompt "
+                             "on the same one")
+        check_style_fits(model, tokenizer, config.style, eos_ids)
+        notes.check_learning_rate(model, config.learning_rate, 2e-4)
         run = Path(config.resume) if config.resume else create_run(config.out, config)
         if state:
             rewind_log(run / "metrics.jsonl", state["step"])
@@ -236,6 +277,7 @@ def start(config: Config):
     return run, model, tokenizer, teacher, examples, held_out, state
 
 
+@broken_weights_exit()
 @disk_full_exits("make room; the last checkpoint is whole, go on with --resume RUN")
 def main() -> None:
     config = parse_config(Config, __doc__)
@@ -243,16 +285,17 @@ def main() -> None:
     batches = [batch for epoch in range(config.epochs)
                for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
-    step = 0
+    step, inputs = 0, {path: fingerprint(path) for path in (config.data, config.teacher) if path}
     if state:
         step = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    if step == len(batches):
+    if step >= len(batches):
         return print(f"nothing to do: {run} has finished all of its {step} steps; the model is in {run / 'checkpoint'}")
 
     def save() -> None:
-        save_checkpoint(run, model, tokenizer, {"step": step, "optimizers": [o.state_dict() for o in optimizers]})
+        save_checkpoint(run, model, tokenizer, {"step": step, "inputs": inputs,
+                                                "optimizers": [o.state_dict() for o in optimizers]})
 
     stop, started, tokens_seen, steps_before = StopRequest(), time.time(), 0, step
     bar = tqdm(batches[step:], initial=step, total=len(batches), desc="sft", mininterval=1.0)
@@ -268,12 +311,14 @@ def main() -> None:
         share_of_peak = schedule(step, len(batches), config)
         norm = optimizer_step(optimizers, share_of_peak, config)
         if not math.isfinite(norm):
-            if math.isfinite(total):  # else the weights themselves are broken, and the last checkpoint is the good one
+            if math.isfinite(total) and step:  # else the weights are broken, and the last checkpoint is the good one
                 save()
-            fail(f"got a gradient norm of {norm} at step {step + 1}, expected a finite one; the last good weights are "
-                 f"in {run / 'checkpoint'}. Lower --learning-rate (and --muon-learning-rate)")
+            names = " or of its teacher" * bool(teacher)
+            fail(f"got a loss of {total / tokens:g} and a gradient norm of {norm:g} at step {step + 1} from "
+                 f"{model.source}{names}, expected finite ones{what_to_do(run, step)}")
         model.zero_grad()
         step, tokens_seen = step + 1, tokens_seen + tokens
+        model.source = f"the model of {run} after step {step}"
 
         # 3. log, evaluate, save
         if step == steps_before + 1:

@@ -42,19 +42,22 @@ import evaluate
 from grpo import group_advantages, grpo_loss, token_weights
 from machinery import distributed
 from machinery.batching import aligned, micro_batches, pad_batch, score, token_logprobs
-from machinery.checkpoints import DTYPES, check_dtype
-from machinery.flags import (StopRequest, bad_input_exits, check_positive, disk_full_exits, out_of_memory_exits,
-                             parse_config)
+from machinery.checkpoints import DTYPES, check_dtype, end_tokens
+from machinery.data import fingerprint, read_jsonl
+from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits,
+                             out_of_memory_exits, parse_config)
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
+from machinery.notes import check_learning_rate
 from machinery.optimizer import clip_gradients
 from machinery.plots import plot_run
 from machinery.presets import PRESETS
 from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_or_stop, stop_on_broken_gradient,
-                              stop_on_broken_logprobs)
+                              trained_source)
 from machinery.rollouts import KEPT, Rollout, collect
-from machinery.run_folder import append_jsonl, create_run, read_jsonl
+from machinery.run_folder import append_jsonl, create_run
 from machinery.tasks import Task, draw_problems, find_tasks, score_completions, shares
+from machinery.text import check_style_fits, encode_prompts
 from preference import load_reward_model, preference_scores
 from rewards import ONLY_IN
 from sampling import complete
@@ -118,6 +121,7 @@ class Config:
 CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts")
 
 
+@broken_weights_exit()
 @out_of_memory_exits("lower --micro-batch-tokens (if it was training) or --slots (if it was sampling), or add "
                      "--activation-checkpointing; the last checkpoint is whole, and --resume RUN takes these flags too")
 @disk_full_exits("make room, or keep fewer completions (--rollouts sampled or none); the last checkpoint is whole, and "
@@ -138,13 +142,12 @@ def main() -> None:
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
 
         # 2. a completion of each of the B prompts, with the log-probs of the policy that sampled them
-        with sampling_weights(policy) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
+        with sampling_weights(run) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
             prompt_ids, completions, texts = complete(
-                old_policy, run.tokenizer, prompts, max_new_tokens=config.max_new_tokens,
+                old_policy, run.tokenizer, prompts, style=config.style, max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature, seed=rng.getrandbits(32), first_index=run.own_groups.start * G,
                 slots=config.slots, progress="sampling")  # B each
         sampling_seconds = time.time() - step_started
-        stop_on_broken_logprobs(completions, run)
 
         # 3. rewards: a puzzle's accuracy and format, its language with --weights; a general prompt's preference
         scores = score_completions(problems, prompts, texts, judge, config.language)  # B
@@ -166,8 +169,9 @@ def main() -> None:
         stats = update(run, batch, advantages[trained], ref_logprobs, loss_divisor(completions, config), config)
         stop_on_broken_gradient(stats["gradient_norm"], run, config)
         run.step += 1
+        policy.source = trained_source(run)
         if run.ref_policy and config.ref_every and run.step % config.ref_every == 0:
-            with sampling_weights(policy) as new_policy:
+            with sampling_weights(run) as new_policy:
                 run.ref_policy.load_state_dict(new_policy.state_dict())
 
         # 7. log; now and then evaluate, print a sample, save
@@ -233,12 +237,18 @@ def start(config: Config):
                     draw_problems(tasks, config.batch_size // config.group_size, random.Random(seed))]
         if any("preference" in task.weights for task in tasks):
             judge = partial(preference_scores, *load_reward_model(config.preference, dtype=DTYPES[config.dtype],
-                                                                  device=run.device))
-        longest = max(map(len, run.tokenizer(prompts, add_special_tokens=False)["input_ids"]))
+                                                                  device=run.device), style=config.style)
+        longest = max(map(len, encode_prompts(run.tokenizer, prompts, config.style)))
         if longest + config.max_new_tokens > run.policy.config.context:
             raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
                              f"together more than the model's context of {run.policy.config.context}; "
                              "lower --max-new-tokens")
+        # what a resumed run reads anew has to be what it was: task files, judge, reference, what adapters stand on
+        first = [config.model] * bool(config.kl_coef or config.lora_rank)
+        files = [task.spec for task in (*tasks, *evaluated_tasks(config)) if task.spec.endswith((".py", ".jsonl"))]
+        run.inputs = {path: fingerprint(path) for path in (*files, *first, config.preference) if path}
+        check_style_fits(run.policy, run.tokenizer, config.style, end_tokens(run.policy, run.tokenizer))
+        check_learning_rate(run.policy, config.learning_rate, 1e-3 if config.lora_rank else 1e-4)
         if not config.resume:
             create_run(config.out, config)
     if run.first_rank:
@@ -340,7 +350,7 @@ def evaluate_policy(run: Run, config: Config) -> dict:
     """All ranks: held-out pass@1 and what completions look like, with the same problems and random numbers every time;
     of a second task under eval_NAME_pass@1. The first rank measures; the others wait for it and get an empty table."""
     started, found = time.time(), {}
-    with sampling_weights(run.policy) as policy:
+    with sampling_weights(run) as policy:
         for i, task in enumerate(evaluated_tasks(config) if run.first_rank else ()):
             table, _ = evaluate.evaluate(policy, run.tokenizer, evaluate.Config(
                 task=task.spec, level=task.level, style=config.style, n=config.eval_n, temperature=config.temperature,

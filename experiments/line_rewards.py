@@ -16,7 +16,7 @@ import torch
 from countdown import Puzzle, reachable
 from experiments.scorer import score_positions
 from grpo import group_advantages
-from machinery.rl_run import log, sampling_weights, save_or_stop, stop_on_broken_gradient, stop_on_broken_logprobs
+from machinery.rl_run import log, sampling_weights, save_or_stop, stop_on_broken_gradient, trained_source
 from machinery.rollouts import collect
 from machinery.tasks import draw_problems, score_completions
 from rewards import accuracy_reward
@@ -142,12 +142,11 @@ def train_on_lines(config, scorer, tokenizer, arm: tuple, go_on: str) -> None:
         step_started, rng = time.time(), random.Random(f"{config.seed}, {run.step}")
         problems = [drawn for drawn in draw_problems(tasks, config.batch_size // G, rng) for _ in range(G)]  # B
         prompts = [task.prompt(puzzle, config.style, tokenizer) for task, puzzle in problems]
-        with sampling_weights(run.policy) as old_policy:
+        with sampling_weights(run) as old_policy:
             prompt_ids, completions, texts = complete(
                 old_policy, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 seed=rng.getrandbits(32), slots=config.slots)
         sampling_seconds = time.time() - step_started
-        stop_on_broken_logprobs(completions, run)
         scores = score_completions(problems, prompts, texts, None, config.language)
         rewards = torch.tensor([score.reward for score in scores]).view(-1, G)  # (P, G)
         outcome = group_advantages(rewards, normalize_std=config.normalize_std)  # (P, G)
@@ -158,6 +157,7 @@ def train_on_lines(config, scorer, tokenizer, arm: tuple, go_on: str) -> None:
                        loss_divisor(completions, config), config)
         stop_on_broken_gradient(stats["gradient_norm"], run, config)
         run.step += 1
+        run.policy.source = trained_source(run)
         rollouts = collect(problems, prompts, texts, completions, scores, rewards, advantages, trained, first_group=0)
         row = log_row(run, rollouts, stats, step_started, sampling_seconds, config) | of_lines
         if run.step % config.eval_every == 0 or run.step == config.steps:

@@ -35,8 +35,9 @@ from experiments.scorer import best, choose_from_n, held_out_puzzles, mean_curve
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, sample_groups,
                                seed_folder, seeds_to_run, share_axis, text, with_interval)
 from machinery.checkpoints import load
+from machinery.data import read_jsonl
 from machinery.plots import write_figure
-from machinery.run_folder import read_jsonl, saved_checkpoint
+from machinery.run_folder import saved_checkpoint
 from preference import load_reward_model, save_reward_model
 
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from countdown import make_prompt
 from evaluate import wilson_interval
+from machinery.data import fingerprint
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
-from machinery.stages import Stage, fingerprint, run_stage
+from machinery.stages import Stage, run_stage
 from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers

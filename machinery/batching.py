@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from machinery.checkpoints import check_finite
+
 LOGITS_AT_ONCE = 2 ** 26  # tokens x vocabulary: 256 MiB in fp32
 
 
@@ -106,13 +108,15 @@ def teacher_kl(model, teacher, input_ids, mask):
 
 @torch.no_grad()
 def score(model, batch: list[tuple], temperature: float, micro_batch_tokens: int, device) -> list[list[float]]:
-    """Log-probs of (prompt ids, Completion) pairs under a model that does not train, as rows like the sampler's."""
+    """Log-probs of (prompt ids, Completion) pairs under a model that does not train, as rows like the sampler's. Raises
+    BrokenWeights where they are not finite."""
     rows: list = [None] * len(batch)
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
     for micro_batch in micro_batches(lengths, micro_batch_tokens):
         prompts, completions = [batch[i][0] for i in micro_batch], [batch[i][1].token_ids for i in micro_batch]
         input_ids, mask = pad_batch(prompts, completions, device=device)  # (B, T), (B, T-1)
         logprobs, _ = token_logprobs(model, input_ids, mask, temperature)  # (B, T-1)
+        check_finite(logprobs, model.source)
         for row, i in enumerate(micro_batch):
             start = len(batch[i][0]) - 1
             rows[i] = logprobs[row, start:start + len(batch[i][1].token_ids)].tolist()

@@ -1,6 +1,8 @@
 """Checkpoints on disk and on the hub: found, checked, read, written, replaced.
 
-A checkpoint is a Hugging Face directory. What save() writes, AutoModelForCausalLM loads, and the other way round.
+A checkpoint is a Hugging Face directory. What save() writes, AutoModelForCausalLM loads, and the other way round: its
+logits, token ids and end tokens are those of transformers, or load() says in one line why not. docs/your-own.md lists
+what was tried and what is refused.
 """
 
 import copy
@@ -12,11 +14,32 @@ from pathlib import Path
 
 import torch
 
+from machinery.notes import note
+from machinery.text import decode
 from model import FAMILIES, Model, rotary_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
+PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
+SAVED_AS = ("AutoModelForCausalLM.from_pretrained({}).save_pretrained(OUT) and AutoTokenizer.from_pretrained({})"
+            ".save_pretrained(OUT) of transformers write what is read here")
+OTHER_FORMATS = {  # files in place of model.safetensors: what they are, and what to do
+    "*.gguf": ("a GGUF file, quantised for llama.cpp", SAVED_AS.format("DIR, gguf_file=NAME", "DIR, gguf_file=NAME")),
+    "pytorch_model*.bin": ("an unsafe .bin (a pickle, which can run any code when it is read)",
+                           f"if you trust its maker, {SAVED_AS.format('DIR', 'DIR')}"),
+    "*.pth": ("a .pth in the format of the model's maker", "fetch the version for transformers, on the hub often named -hf"),
+    "*.msgpack": ("Flax weights", "fetch the safetensors of the same model"),
+    "*.h5": ("TensorFlow weights", "fetch the safetensors of the same model"),
+    "*.onnx": ("an ONNX file", "fetch the safetensors of the same model"),
+    "*.npz": ("MLX weights", "fetch the safetensors of the same model"),
+}
 
 
+class BrokenWeights(ValueError):
+    """A model that gives numbers which are not finite."""
+
+
+# ------------------------------------------------------------------------------------------------------- read and write
 def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     """A Hugging Face directory or hub id -> (model, tokenizer).
 
@@ -24,11 +47,11 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend."""
     check_device(device)
     directory = find_directory(path_or_id)
-    hf_config, tokenizer, state = read_directory(directory)
+    hf_config, generation_config, tokenizer, state = read_directory(directory)
+    if hf_config.tie_word_embeddings:
+        tie(hf_config, state, directory)
     with torch.device("meta"):
         model = Model(hf_config)
-    if model.config.tied_embeddings:
-        state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
     expected = set(model.state_dict())
     if state.keys() != expected:
         raise ValueError(f"got weights in {directory} that do not fit its config: "
@@ -42,7 +65,20 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     if model.config.tied_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
     model.cos, model.sin = rotary_tables(model.config)  # buffers are computed, not stored
+    model.generation_config, model.source = generation_config, str(path_or_id)
     return model.to(device), tokenizer
+
+
+def tie(hf_config, state: dict, directory: Path) -> None:
+    """The two names of tied embeddings, where one is stored; two different ones are not tied, whatever the config says:
+    as transformers does it."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    stored = [name for name in names if name in state]
+    if len(stored) == 2 and not torch.equal(*(state[name] for name in names)):
+        note(f"{directory} says tie_word_embeddings, but its embedding and lm_head differ: they are kept apart")
+        hf_config.tie_word_embeddings = False
+    elif stored:
+        state |= dict.fromkeys(names, state[stored[0]])
 
 
 def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
@@ -60,6 +96,8 @@ def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     hf_config.dtype = model.lm_head.weight.dtype  # else a checkpoint read as bf16 and trained in fp32 is rounded again
     hf_config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    if model.generation_config:
+        (staging / "generation_config.json").write_text(json.dumps(model.generation_config, indent=2) + "\n")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()
              if "lora_" not in name}
     if model.config.tied_embeddings:
@@ -71,12 +109,17 @@ def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     replace_directory(staging, directory)
 
 
-def end_tokens(model: Model, tokenizer) -> set[int]:
-    """The token ids that end a completion: the tokenizer's EOS and those of the config (chat models name several)."""
-    from_config = getattr(model.hf_config, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(from_config if isinstance(from_config, list) else [from_config])} - {None}
+def replace_directory(staging: Path, directory: Path) -> None:
+    """Puts staging in directory's place; at every moment the old or the new one is there whole, as NAME or NAME.old."""
+    old = directory.with_name(directory.name + ".old")
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(directory, old)
+    os.rename(staging, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------------------- checks
 def check_dtype(name: str) -> None:
     if name not in DTYPES:
         raise ValueError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
@@ -87,10 +130,22 @@ def check_device(device) -> None:
         raise ValueError(f"got device {device!r}, but this PyTorch sees no CUDA GPU; use --device cpu")
 
 
+def check_finite(values, source: str, what: str = "log-probs") -> None:
+    """values: a tensor or a list. Raises BrokenWeights where one is NaN or infinite; source: the checkpoint that made it."""
+    if not torch.as_tensor(values).isfinite().all():
+        raise BrokenWeights(f"got {what} from {source} that are not finite (nan or inf), expected numbers: its weights are "
+                            "broken, or too large for this dtype")
+
+
+# ----------------------------------------------------------------------------------------------------------- one by one
 def find_directory(path_or_id) -> Path:
     directory = Path(path_or_id)
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        refuse_other_formats([directory], directory)
+        raise ValueError(f"got model {path_or_id}, which is a file; expected the directory that holds it, with config.json "
+                         "and tokenizer.json")
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "models/", "runs/")):
         raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and "
                                 "no hub id like Qwen/Qwen2.5-1.5B")
@@ -108,45 +163,130 @@ def read_hf_config(directory: Path):
     """The directory's transformers config, once everything that it should hold is there; no weight is read."""
     from transformers import AutoConfig
 
-    for name in ("config.json", "tokenizer.json"):
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"got {directory}, an adapter of PEFT (LoRA) and no whole model; merge it into its base: "
+                         "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT) of peft, "
+                         "and the tokenizer beside it")
+    weights = shards(directory)
+    for name in ("config.json", "tokenizer.json", *weights):
         if not (directory / name).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {name}; expected config.json, "
-                                    "tokenizer.json and model.safetensors, as save_pretrained writes them")
-        try:
-            json.loads((directory / name).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"got a corrupt or truncated {directory / name} ({error}); copy it again") from None
-    for shard in shards(directory):
-        if not (directory / shard).exists():
-            raise FileNotFoundError(f"got model directory {directory} without {shard}; expected the weights as "
-                                    "safetensors, in one file or in every shard that "
-                                    "model.safetensors.index.json names")
-    architecture = json.loads((directory / "config.json").read_text()).get("model_type")
-    if architecture not in FAMILIES:  # said before transformers complains about one that it does not know either
-        raise ValueError(f"got a config of architecture {architecture!r} in {directory}, "
+            refuse_other_formats(sorted(directory.iterdir()), directory)
+            inside = next((path for path in sorted(directory.glob("checkpoint*")) if path.is_dir()), None)
+            expected = ("expected the weights as safetensors, in one file or in every shard that "
+                        "model.safetensors.index.json names" if name in weights else
+                        "expected config.json, tokenizer.json and model.safetensors, as save_pretrained writes them")
+            raise FileNotFoundError(f"got model directory {directory} without {name}; {expected}"
+                                    f"{f'; did you mean {inside}?' if inside else ''}")
+        with open(directory / name, "rb") as file:
+            if file.read(30).startswith(b"version https://git-lfs"):
+                raise ValueError(f"got {directory / name}, which is a Git LFS pointer and not the file itself; "
+                                 "run git lfs pull there")
+    read_json(directory / "tokenizer.json")
+    content = read_json(directory / "config.json")
+    if content.get("model_type") not in FAMILIES:  # said before transformers complains about one that it does not know
+        raise ValueError(f"got a config of architecture {content.get('model_type')!r} in {directory}, "
                          f"expected one of {', '.join(FAMILIES)}")
-    return AutoConfig.from_pretrained(directory)
+    if quantized := content.get("quantization_config") or content.get("quantization"):
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise ValueError(f"got quantised weights{f' ({method})' if method else ''} in {directory}, expected float32, "
+                         "bfloat16 or float16: fetch the checkpoint that they were made from")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a dozen kinds: a missing field, a field of a wrong type, ...
+        raise ValueError(f"got {directory / 'config.json'}, which transformers cannot read "
+                         f"({type(error).__name__}: {first_line(error)})") from None
+
+
+def refuse_other_formats(paths: list[Path], where: Path) -> None:
+    for pattern, (name, advice) in OTHER_FORMATS.items():
+        if found := next((path for path in paths if path.match(pattern)), None):
+            raise ValueError(f"got {found.name} in {where}, {name}, expected config.json, tokenizer.json and "
+                             f"model.safetensors; {advice}")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"got a corrupt or truncated {path} ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"got {path} with a {type(content).__name__}, expected a JSON object; copy it again")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def shards(directory: Path) -> list[str]:
-    """The names of the weight files."""
+    """The names of the weight files; where one file and an index are there, the one file, as transformers chooses."""
     index = directory / "model.safetensors.index.json"
-    if not index.exists():
+    if (directory / "model.safetensors").exists() or not index.exists():
         return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"got {index} without weight_map, expected the shard of each weight; copy it again")
+    return sorted(set(weight_map.values()))
 
 
 def read_directory(directory: Path):
-    """-> (transformers config, tokenizer, state dict), or a ValueError or FileNotFoundError that says what to mend."""
+    """-> (transformers config, generation_config.json, tokenizer, state dict), or a ValueError or FileNotFoundError that
+    says what to mend."""
+    hf_config = read_hf_config(directory)
+    path = directory / "generation_config.json"
+    generation_config = read_json(path) if path.exists() else {}
+    tokenizer = read_tokenizer(directory)
+    ends = end_ids(hf_config, generation_config, tokenizer)
+    if not ends:
+        raise ValueError(f"got a checkpoint without an EOS token in {directory}; completions could never end. Set eos_token "
+                         "in tokenizer_config.json, or eos_token_id in generation_config.json")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(ends))
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((name for name, i in vocabulary.items() if i >= hf_config.vocab_size), key=vocabulary.get)
+    if beyond:
+        raise ValueError(f"got a tokenizer of {len(vocabulary):,} tokens in {directory} and an embedding of "
+                         f"{hf_config.vocab_size:,} rows: {len(beyond)} tokens ({', '.join(beyond[:3])}) have none. They were "
+                         "added without model.resize_token_embeddings(len(tokenizer)); do that, and save both")
+    return hf_config, generation_config, tokenizer, read_weights(directory)
+
+
+def read_tokenizer(directory: Path):
+    """As AutoTokenizer reads it, and where that gives other token ids than tokenizer.json itself, as tokenizer.json says."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = directory / "tokenizer.json"
+    try:
+        itself = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"got {path}, which this version of tokenizers cannot read ({first_line(error)}); it may be of a "
+                         "newer one, or broken: update transformers, or copy it again") from None
+    itself.no_truncation()
+    itself.no_padding()
+    expected = itself.encode(PROBE, add_special_tokens=False).ids
+    problem = ""
+    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            tokenizer = reader.from_pretrained(directory, trust_remote_code=False)
+            ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+            if ids == expected and decode(tokenizer, [ids])[0] == itself.decode(ids, skip_special_tokens=False):
+                if problem:
+                    note(f"{directory}: {problem}; its tokenizer.json is used as it is")
+                return tokenizer
+            problem = (f"AutoTokenizer reads {decode(tokenizer, [ids])[0][:24]!r} where tokenizer.json has "
+                       f"{itself.decode(expected, skip_special_tokens=False)[:24]!r}")
+        except Exception as error:  # code of its own, a missing library, a broken field
+            problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {first_line(error)})"
+    raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what tokenizer.json "
+                     "says. See tokenizer_class in tokenizer_config.json")
+
+
+def read_weights(directory: Path) -> dict:
+    """The state dict. Raises ValueError with the file that cannot be read, or the tensor that is not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer
 
-    hf_config = read_hf_config(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"got a tokenizer without an EOS token in {directory}; completions could never end. "
-                         "Set eos_token in tokenizer_config.json")
     state = {}
     for shard in shards(directory):
         try:
@@ -154,14 +294,26 @@ def read_directory(directory: Path):
         except SafetensorError as error:
             raise ValueError(f"got a corrupt or truncated weights file {directory / shard} ({error}); "
                              "copy it again") from None
-    return hf_config, tokenizer, state
+    # what old versions stored although it is computed
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.element_size() == 1:  # 1: fp8
+            raise ValueError(f"got {name} as {str(tensor.dtype).removeprefix('torch.')} in {directory}, expected float32, "
+                             "bfloat16 or float16")
+        if not tensor.isfinite().all():
+            raise BrokenWeights(f"got {name} in {directory} with numbers that are not finite (nan or inf); copy the "
+                                "checkpoint again, or take one from before it broke")
+    return state
 
 
-def replace_directory(staging: Path, directory: Path) -> None:
-    """Puts staging in directory's place; at every moment the old or the new one is there whole, as NAME or NAME.old."""
-    old = directory.with_name(directory.name + ".old")
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(directory, old)
-    os.rename(staging, directory)
-    shutil.rmtree(old, ignore_errors=True)
+def end_ids(hf_config, generation_config: dict, tokenizer) -> set[int]:
+    """All three places count: the tokenizer's EOS, and what the two configs name (chat models name several)."""
+    found = {tokenizer.eos_token_id}
+    for named in (getattr(hf_config, "eos_token_id", None), generation_config.get("eos_token_id")):
+        found |= set(named if isinstance(named, list) else [named])
+    return {token for token in found if isinstance(token, int) and 0 <= token < hf_config.vocab_size}
+
+
+def end_tokens(model: Model, tokenizer) -> set[int]:
+    """The token ids that end a completion."""
+    return end_ids(model.hf_config, model.generation_config, tokenizer)

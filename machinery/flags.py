@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from machinery.checkpoints import BrokenWeights
+from machinery.notes import said
 from machinery.run_folder import read_run_config
 
 
@@ -23,6 +25,7 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
     presets adds --preset NAME: a named set of values, which flags override. --resume RUN takes all values from that
     run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2 on unknown flags and
     wrong types, the dataclass's own __post_init__ raises ValueError on bad values."""
+    said.clear()
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only flags given
@@ -68,6 +71,15 @@ def bad_input_exits():
     try:
         yield
     except (ValueError, OSError) as error:
+        fail(error)
+
+
+@contextmanager
+def broken_weights_exit():
+    """Numbers from a model that are not finite end in one line and exit code 2."""
+    try:
+        yield
+    except BrokenWeights as error:
         fail(error)
 
 

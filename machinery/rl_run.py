@@ -14,13 +14,16 @@ import torch
 from tqdm import tqdm
 
 from machinery import distributed
-from machinery.checkpoints import DTYPES, load
+from machinery.checkpoints import DTYPES, BrokenWeights, load
+from machinery.data import check_unchanged
 from machinery.flags import StopRequest, fail
 from machinery.lora import add_lora, merged
 from machinery.memory import check_fits
 from machinery.optimizer import MasterAdamW
 from machinery.rollouts import Rollout
-from machinery.run_folder import append_jsonl, find_checkpoint, load_checkpoint, rewind_log, save_checkpoint
+from machinery.run_folder import (append_jsonl, find_checkpoint, load_checkpoint, rewind_log, save_checkpoint,
+                                  what_to_do)
+from machinery.text import opened_thinking
 from model import Model
 
 
@@ -39,6 +42,7 @@ class Run:
     stop: StopRequest | None = None
     bar: tqdm | None = None
     evaluation_seconds: float = 0.0  # of the last one
+    inputs: dict = field(default_factory=dict)  # path -> fingerprint of what a resumed run must find unchanged
 
 
 def open_run(config) -> Run:
@@ -55,6 +59,7 @@ def open_run(config) -> Run:
     saved = None
     if config.resume:
         policy, tokenizer, saved = load_checkpoint(config.resume, dtype=dtype, device=device)
+        check_unchanged(saved, config.resume)
     if not config.resume or config.lora_rank:  # a checkpoint has adapters merged; they belong on the first model
         policy, tokenizer = load(config.model, dtype=dtype, device=device)
     policy.activation_checkpointing = config.activation_checkpointing
@@ -80,10 +85,19 @@ def open_run(config) -> Run:
 
 
 @contextmanager
-def sampling_weights(model: Model):
-    """The policy as it samples: adapters merged into the weights, weights that are split over GPUs put together."""
-    with distributed.whole_weights(model) as whole, merged(whole):
-        yield whole
+def sampling_weights(run: Run):
+    """The policy as it samples: adapters merged into the weights, weights that are split over GPUs put together. Where
+    what stands inside finds them broken, the run ends in one line."""
+    try:
+        with distributed.whole_weights(run.policy) as whole, merged(whole):
+            yield whole
+    except BrokenWeights as error:
+        fail(f"{error}{what_to_do(run.folder, run.step)}")
+
+
+def trained_source(run: Run) -> str:
+    """What messages call the policy once it has been trained."""
+    return f"the policy of {run.folder} after step {run.step}"
 
 
 def save(run: Run, config) -> None:
@@ -92,7 +106,7 @@ def save(run: Run, config) -> None:
     adapters = {name: p.detach() for name, p in policy.named_parameters() if config.lora_rank and p.requires_grad}
     with merged(policy):
         save_checkpoint(run.folder, policy, run.tokenizer, {
-            "step": run.step, "minutes": (time.time() - run.started) / 60, "optimizer": run.optimizer.state_dict(),
+            "step": run.step, "inputs": run.inputs, "minutes": (time.time() - run.started) / 60, "optimizer": run.optimizer.state_dict(),
             "adapters": adapters,
             "ref_model": run.ref_policy.state_dict() if run.ref_policy and config.ref_every else None})
 
@@ -110,19 +124,16 @@ def save_or_stop(run: Run, config, go_on: str) -> None:
         raise SystemExit(130)
 
 
-def stop_on_broken_logprobs(completions, run: Run) -> None:
-    if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
-        fail(f"got log-probs of nan at step {run.step + 1}, expected finite ones: the weights are broken; the checkpoint "
-             f"before that is kept in {run.folder / 'checkpoint'}. Lower --learning-rate")
-
-
 def stop_on_broken_gradient(norm: float, run: Run, config) -> None:
+    """Log-probs were finite when the tokens were sampled: what broke is the loss, its gradient, or an epoch's update."""
     if math.isfinite(norm):
         return
+    said = f"got a gradient norm of {norm} at step {run.step + 1}, expected a finite one"
+    if run.step == 0 and config.inner_epochs == 1:  # before the first update no setting of the optimizer is to blame
+        fail(f"{said}: {config.model} is as it was read, and the loss or its gradient is too large for {config.dtype}")
     if config.inner_epochs == 1:  # else the policy may be in the middle of a step: the last checkpoint is the good one
         save(run, config)
-    fail(f"got a gradient norm of {norm} at step {run.step + 1}, expected a finite one; the last good weights are in "
-         f"{run.folder / 'checkpoint'}. Lower --learning-rate or --clip-norm")
+    fail(f"{said}; the last good weights are in {run.folder / 'checkpoint'}. Lower --learning-rate")
 
 
 def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
@@ -140,7 +151,8 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
     shown = run.step % config.sample_every == 0 or run.step == 1
     if shown:
         tqdm.write(f"--- step {run.step}, reward {rollouts[0].score.reward:.2f}")
-        tqdm.write(rollouts[0].prompt.removesuffix("<think>") + rollouts[0].text + "\n")
+        prompt = rollouts[0].prompt
+        tqdm.write(f"{prompt.removesuffix(opened_thinking(prompt))}{rollouts[0].text}\n")
     if config.rollouts == "every" or config.rollouts == "sampled" and shown:
         append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))
     append_jsonl(run.folder / "metrics.jsonl", row)

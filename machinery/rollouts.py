@@ -14,7 +14,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from machinery.run_folder import read_jsonl
+from machinery.data import read_jsonl
 
 KEPT = ("every", "sampled", "none")  # --rollouts: of every step, of those that print a sample, of no step
 WIDTH = 80

@@ -12,51 +12,36 @@ from pathlib import Path
 
 import torch
 
-from machinery.checkpoints import load, replace_directory, save
+from machinery.checkpoints import check_finite, load, replace_directory, save
+from machinery.data import read_text
 from machinery.distributed import any_rank, barrier, full_state, rank
 
 
 def create_run(out: str, config) -> Path:
-    """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten.
+    """A new run folder with its config.json. Raises FileExistsError if something is there: nothing is overwritten but the
+    config.json of a run that ended before it had anything to keep.
 
     All ranks: each looks, and after that the first one makes it."""
     run = Path(out)
-    if any_rank(run.exists() and any(run.iterdir())):
-        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
-                              f"or continue it with --resume {run}")
+    check_free(run)
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run
 
 
+def check_free(out) -> None:
+    """Raises FileExistsError where a run folder, or anything else, is in the way; all ranks."""
+    run, began = Path(out), Path(out) / "config.json"  # all there is of a run that ended before its first checkpoint
+    empty = run.exists() and list(run.iterdir()) == [began] and b'"out": ' in began.read_bytes()
+    if any_rank(run.exists() and not empty and any(run.iterdir())):
+        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
+                              f"or continue it with --resume {run}")
+
+
 def append_jsonl(path: Path, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def read_jsonl(path) -> list[dict]:
-    """Rows of a JSONL file. Raises ValueError with file and line number at a line that is no JSON object."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"got a broken line in {path}, line {number}: {error}; "
-                                 "expected one JSON object a line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"got {type(row).__name__} in {path}, line {number}; expected a JSON object")
-            rows.append(row)
-    return rows
-
-
-def check_rows(rows: list[dict], path, fields: tuple[str, ...], expected: str) -> None:
-    """Raises ValueError with the line number where a field is missing, no text, or empty; a completion may be empty."""
-    for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(name), str) and (row[name].strip() or name == "completion") for name in fields):
-            words = fields[0] if len(fields) == 1 else f"{', '.join(fields[:-1])} and {fields[-1]}"
-            raise ValueError(f"got {path}, line {number} without text in {words}; expected {expected}")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -94,11 +79,14 @@ def rewind_log(path: Path, step: int) -> None:
 
 
 def save_checkpoint(run: Path, model, tokenizer, trainer_state: dict) -> None:
-    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole.
+    """checkpoint/ = a model directory that any tool loads, plus trainer_state.pt (optimizer, step). Replaced whole, and
+    never by broken weights: then it raises BrokenWeights.
 
     All ranks: under FSDP each has a part of every tensor; the first one writes."""
     state, trainer_state = full_state(model.state_dict()), full_state(trainer_state)
     if rank() == 0:
+        for name, tensor in state.items():
+            check_finite(tensor, model.source, name)
         staging = run / "checkpoint.new"
         save(model, tokenizer, staging, state)
         torch.save(trainer_state, staging / "trainer_state.pt")
@@ -129,6 +117,15 @@ def saved_checkpoint(run) -> Path | None:
     return next((Path(run) / name for name in names if (Path(run) / name).is_dir()), None)
 
 
+def what_to_do(run, step: int) -> str:
+    """After numbers that are not finite: nothing that training did, before its first step; weights to go on with, if any
+    were saved (none that are broken ever are)."""
+    if not step:
+        return ""
+    saved = saved_checkpoint(run)
+    return f"; training broke them. Lower --learning-rate{f'; the last good weights are in {saved}' if saved else ''}"
+
+
 def find_checkpoint(run) -> Path:
     if found := saved_checkpoint(run):
         return found
@@ -142,7 +139,7 @@ def read_run_config(run, config_class):
     if not path.exists():
         raise FileNotFoundError(f"got --resume {run}, but there is no {path}; expected the folder of a run")
     try:
-        return config_class(**json.loads(path.read_text()))
+        return config_class(**json.loads(read_text(path)))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"got a config in {path} that this script cannot read ({error}); "
                          "was it written by another script?") from None

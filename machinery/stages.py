@@ -8,7 +8,6 @@ killed goes on from its last checkpoint. What a new run replaces is moved aside 
     FOLDER/stages/NAME.json     command, inputs, output, minutes: written when the stage begins and when it ends
 """
 
-import hashlib
 import importlib
 import json
 import re
@@ -20,6 +19,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from machinery.data import fingerprint
 from machinery.flags import fail
 from machinery.run_folder import saved_checkpoint, write_whole
 
@@ -71,19 +71,6 @@ class Stage:
         tasks = [name for flag, value in zip(self.flags, self.flags[1:]) if flag == "--task"
                  for name in re.split("[,=]", value) if name.endswith((".py", ".jsonl"))]
         return given + tasks
-
-
-def fingerprint(path) -> str:
-    """SHA-256 of a file, of a model directory's weights and config, or of a run's checkpoint; "" if it is not there."""
-    path = Path(path)
-    if path.is_dir():
-        directory = path / "checkpoint" if (path / "checkpoint").exists() else path
-        files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-        return "" if len(files) < 2 else " ".join(map(fingerprint, files))
-    if not path.exists():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(folder: Path, stage: Stage) -> dict:

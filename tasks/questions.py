@@ -56,7 +56,7 @@ class Questions:
     @classmethod
     def read(cls, path: Path) -> "Questions":
         """Raises ValueError with the file and the line where a row is wrong."""
-        from machinery.run_folder import read_jsonl  # brings torch along, which nothing else here needs
+        from machinery.data import read_jsonl
         rows, lines = {"train": [], "test": []}, {}
         given = read_jsonl(path)
         judged = not any("answer" in row for row in given)

@@ -10,7 +10,7 @@ import evaluate
 import train_countdown
 from countdown import fill_template
 from machinery.checkpoints import load, save
-from machinery.run_folder import read_jsonl
+from machinery.data import read_jsonl
 from preference import RewardModel, save_reward_model
 
 pytestmark = pytest.mark.usefixtures("quiet_training")

@@ -14,7 +14,7 @@ import pytest
 import r1
 import train_countdown
 from machinery import plots, stages
-from machinery.run_folder import read_jsonl
+from machinery.data import read_jsonl
 
 ROOT = Path(r1.__file__).parent
 SMALL = ("--zero-steps", 1, "--rl-steps", 2, "--general-steps", 1, "--hacking-steps", 1, "--puzzles", 60, "--samples", 4,

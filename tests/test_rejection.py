@@ -12,7 +12,8 @@ import sft
 from countdown import Puzzle, is_held_out, make_prompt, question, sample_puzzles, score, solve
 from machinery import tasks
 from machinery.checkpoints import load
-from machinery.run_folder import append_jsonl, read_jsonl
+from machinery.data import read_jsonl
+from machinery.run_folder import append_jsonl
 from rejection import FILTERS, Config, sample_rows
 from rewards import accuracy_reward
 from sampling import Completion

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 import countdown
 import train_countdown
 from machinery import checkpoints as directories, run_folder
+from machinery.data import read_jsonl
 from rewards import extract_answer, verify
 
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
@@ -228,7 +229,7 @@ def runs(start, base, tmp_path_factory):
 
 def rows_of(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES}
-            for row in run_folder.read_jsonl(run / "metrics.jsonl")]
+            for row in read_jsonl(run / "metrics.jsonl")]
 
 
 def assert_same_rows(rows, expected, tolerance=1e-4):
@@ -258,7 +259,7 @@ def test_processes_together_log_what_one_does(runs, name):
     rows = rows_of(runs["whole"].run)[:3]
     assert all(row["gradient_norm"] > 0.01 and row["equal_groups"] == 0 for row in rows[1:])
     assert_same_rows(rows_of(runs[name].run), rows)
-    assert [row["step"] for row in run_folder.read_jsonl(runs[name].run / "rollouts.jsonl")] == [1] * 12 + [2] * 12
+    assert [row["step"] for row in read_jsonl(runs[name].run / "rollouts.jsonl")] == [1] * 12 + [2] * 12
 
 
 @pytest.mark.parametrize("name", ["two", "two, fsdp", "one, fsdp"])

@@ -21,6 +21,7 @@ from conftest import TINY
 from countdown import is_held_out
 from machinery import run_folder
 from machinery.checkpoints import load
+from machinery.data import read_jsonl
 from rewards import extract_answer, verify
 from sampling import sample
 
@@ -57,7 +58,7 @@ def train(monkeypatch, base, out, code=None, **flags):
 
 
 def rows_of(run):
-    rows = run_folder.read_jsonl(run / "metrics.jsonl")
+    rows = read_jsonl(run / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
@@ -102,7 +103,7 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
             "equal_groups", "entropy", "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate",
             "tokens"} <= rows[1].keys()
-    assert [row["step"] for row in run_folder.read_jsonl(run / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16 + [4] * 16
+    assert [row["step"] for row in read_jsonl(run / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16 + [4] * 16
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load(run / "checkpoint")
     ids = torch.arange(12)[None]
@@ -420,7 +421,7 @@ def test_tokens_without_an_advantage_train_nothing(monkeypatch, base, tmp_path):
 def test_sft_makes_room_for_longer_rows(monkeypatch, base, tmp_path):
     """Rotary positions go on: logits of the places that both have are the same, and the config says the new context."""
     path = tmp_path / "rows.jsonl"
-    run_folder.append_jsonl(path, *({"prompt": "using 3 4 5 make 27\n" * 130, "completion": "yes"} for _ in range(4)))
+    run_folder.append_jsonl(path, *({"prompt": f"using 3 4 5 make {i}\n" * 130, "completion": "yes"} for i in range(4)))
     flags = dict(data=path, model=base, eval_rows=1, learning_rate=1e-9)
     assert call(monkeypatch, sft, out=tmp_path / "short", **flags) == 2  # 1,040 tokens and more
     assert call(monkeypatch, sft, out=tmp_path / "long", context=2048, **flags) is None

@@ -8,7 +8,8 @@ import countdown
 import train_countdown
 from conftest import assert_one_line
 from machinery import rollouts
-from machinery.run_folder import load_checkpoint, read_jsonl, rewind_log
+from machinery.data import read_jsonl
+from machinery.run_folder import load_checkpoint, rewind_log
 from test_training import call, digit_score, quiet_machine, train  # noqa: F401
 
 PARTS = {"accuracy", "format", "language"}

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from machinery import stages
-from machinery.stages import Stage, check_inputs, disk_use, fingerprint, is_done, read_record, run_stage
+from machinery.data import fingerprint
+from machinery.stages import Stage, check_inputs, disk_use, is_done, read_record, run_stage
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import rejection
 import train_countdown
 from countdown import split_of
 from machinery import plots
-from machinery.run_folder import append_jsonl, read_jsonl
+from machinery.data import read_jsonl
+from machinery.run_folder import append_jsonl
 from machinery.tasks import BUILT_IN, Task, draw_problems, find_tasks, pairs, shares
 from sampling import Completion
 from test_training import train

@@ -1,0 +1,90 @@
+"""Between text and token ids: BOS, end of a turn, the thinking that a prompt opens. Every script encodes and decodes here.
+
+A completion begins where its prompt ends. So where a prompt ends in <think>, the tag and white space behind it are the
+prompt's, are put back before rewards read the completion, and are taken off the completions that sft.py learns from.
+"""
+
+import re
+
+from countdown import fill_template
+from machinery.notes import TINY_VOCAB, note
+from rewards import END_THINK, THINK
+
+
+def encode_prompts(tokenizer, prompts: list[str], style: str | list[str]) -> list[list[int]]:
+    """Token ids; style: of all, or of each. A tokenizer that puts BOS first does so, once; a chat template brings its own
+    or wants none, as apply_chat_template(tokenize=True) has it."""
+    if not prompts:
+        return []
+    rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    styles, bos = [style] * len(rows) if isinstance(style, str) else style, tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        rows = [row if style == "chat" or row[:1] == [bos] else [bos, *row] for row, style in zip(rows, styles)]
+    return rows
+
+
+def encode_completions(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of what goes on where a prompt ended. Tokenizers of the SentencePiece kind put a space before a text; there
+    is none, so they read it behind a newline, which is taken off again."""
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    newline, letter, both = tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
+    if both != newline + letter and both[:len(newline)] == newline:
+        longer = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
+        rows = [long[len(newline):] if long[:len(newline)] == newline else row for row, long in zip(rows, longer)]
+    return rows
+
+
+def decode(tokenizer, rows: list[list[int]]) -> list[str]:
+    """Texts with every space and special token that they have."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def opened_thinking(prompt: str) -> str:
+    """<think> and the white space behind it, where a prompt ends in them; else ""."""
+    match = re.search(rf"{THINK}\s*\Z", prompt)
+    return match[0] if match else ""
+
+
+def continue_prompt(prompt: str, completion: str) -> str:
+    """A row's completion without the opening tag that its prompt has already."""
+    if not (opened := opened_thinking(prompt)) or not completion.lstrip().startswith(THINK):
+        return completion
+    return completion.lstrip().removeprefix(THINK).removeprefix(opened.removeprefix(THINK))
+
+
+def end_of_turn(tokenizer, eos_ids: set[int]) -> int:
+    """The token with which the chat template ends a reply, where sampling stops at it; else the tokenizer's EOS."""
+    if tokenizer.chat_template:
+        mark = "reply"
+        asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+        _, _, behind = fill_template(asked, tokenizer=tokenizer, reply=False).rpartition(mark)
+        first = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"][:1]
+        if first and first[0] in eos_ids:
+            return first[0]
+        if first and tokenizer.convert_ids_to_tokens(first[0]) in tokenizer.all_special_tokens:
+            note(f"the chat template ends a reply with {tokenizer.convert_ids_to_tokens(first[0])}, which is none of the "
+                 "checkpoint's end tokens: completions may go on behind it. Add it to eos_token_id in "
+                 "generation_config.json")
+    return tokenizer.eos_token_id
+
+
+def check_style_fits(model, tokenizer, style: str, eos_ids: set[int]) -> None:
+    """Says what looks wrong in the pair of prompt style and checkpoint."""
+    real, vocabulary = len(tokenizer) > TINY_VOCAB, f"{model.source} has a vocabulary of {len(tokenizer):,} tokens"
+    if style == "tiny" and real:
+        note(f"--style tiny is the notation of the tiny base, and {vocabulary}: unless it was fine-tuned on that notation, "
+             f"take --style {'chat' if tokenizer.chat_template else 'base'}")
+    if style == "base" and not real:
+        note(f"--style base is for real checkpoints, and {vocabulary}, which lacks most words of that prompt; take "
+             "--style tiny")
+    if style != "chat":
+        return
+    prompt = fill_template("question", "chat", tokenizer)
+    if prompt.rstrip().endswith(END_THINK):
+        note(f"the chat template of {model.source} closes the thinking in the prompt, so thinking is off: rewards read the "
+             "completion alone, and the format reward asks for a <think> block that it writes itself. Where it shall answer "
+             "directly, take --weights format=0")
+    if prompt == fill_template("question", "chat", tokenizer, reply=False):
+        note(f"the chat template of {model.source} knows no add_generation_prompt: a completion has to begin the "
+             "assistant's turn by itself")
+    end_of_turn(tokenizer, eos_ids)
