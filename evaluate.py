@@ -142,7 +142,7 @@ def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -
             questions += [question] if question["kind"] == "arithmetic" else []
     _, _, replies = complete(model, tokenizer, [fill_template(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
-                             max_new_tokens=min(64, config.max_new_tokens), progress="greetings and sums",
+                             max_new_tokens=min(64, config.max_new_tokens), progress="greetings and sums", check_ends=False,
                              **settings)
     table = {"needless_thinking": sum(map(needless_thinking, replies[:n])) / n}
     if config.style == "tiny":

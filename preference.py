@@ -77,13 +77,16 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(backbone.config.hidden_size, 1, bias=False)
 
     def forward(self, rows: list[list[int]], positions: list[list[int]] | None = None):
-        """rows of different lengths -> (B,); with positions in each row -> the scores there, row after row"""
+        """rows of different lengths -> (B,); with positions in each row -> the scores there, row after row. Raises
+        BrokenWeights where one is not finite."""
         device = self.score.weight.device
         input_ids = pad_rows(rows, 0, dtype=torch.long, device=device)  # (B, T), padded on the right
         hidden = self.backbone.hidden(input_ids)  # (B, T, D)
         positions = positions or [[len(row) - 1] for row in rows]
         where = torch.tensor([(b, t) for b, row in enumerate(positions) for t in row], device=device)  # (N, 2)
-        return self.score(hidden[where[:, 0], where[:, 1]]).float().squeeze(-1)
+        scores = self.score(hidden[where[:, 0], where[:, 1]]).float().squeeze(-1)
+        check_finite(scores, self.backbone.source, "scores")
+        return scores
 
 
 def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):
@@ -135,15 +138,13 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
                       style: str = "tiny", token_budget: int = 8192) -> list[float]:
     """A score per completion, higher is better; only differences between replies to one prompt mean anything.
 
-    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling. Raises
-    BrokenWeights where a score is not finite."""
+    A reply longer than the context scores as its beginning does: a policy must not end a run by rambling."""
     context = reward_model.backbone.config.context
     rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions, style)]
     scores = [0.0] * len(rows)
     for micro_batch in micro_batches(list(map(len, rows)), token_budget):
         for i, score in zip(micro_batch, reward_model([rows[i] for i in micro_batch]).tolist()):
             scores[i] = score
-    check_finite(scores, reward_model.backbone.source, "scores")
     return scores
 
 
@@ -156,6 +157,8 @@ def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[
     chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs], styles)
                         for name in ("chosen", "rejected"))
     check_unknown(tokenizer, prompts + [pair["chosen"] for pair in pairs], chosen, path)
+    if same := sum(c == r for c, r in zip(chosen, rejected)):
+        note(f"{same:,} of the {len(pairs):,} pairs of {path} have the same reply as chosen and rejected: they teach nothing")
     for number, rows in enumerate(zip(chosen, rejected), 1):
         if max(map(len, rows)) > context:
             raise ValueError(f"got {path}, line {number} of {max(map(len, rows))} tokens, more than the model's "
@@ -236,11 +239,11 @@ def main() -> None:
         optimizer.set_learning_rate(config.learning_rate * min((step + 1) / 10, 1 - step / steps))
         optimizer.step()
         reward_model.zero_grad()
+        backbone.source = f"the reward model of {run} after step {step + 1}"
         append_jsonl(run / "metrics.jsonl", {"step": step + 1, "loss": total, "gradient_norm": norm})
 
     # 3. what it has learnt, on pairs that it never saw
     table = agreement(reward_model, held_out, config.micro_batch_tokens)
-    check_finite(table["loss"], backbone.source, "scores")
     append_jsonl(run / "metrics.jsonl", {"step": steps, "n": len(held_out),
                                          **{f"eval_{name}": value for name, value in table.items()}})
     save_reward_model(reward_model, tokenizer, run / "checkpoint")

@@ -71,10 +71,10 @@ def sample_plainly(model, prompts: list[list[int]], *, max_new_tokens: int, temp
     return completions
 
 
-def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny",
+def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny", check_ends: bool = True,
              **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
     """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. style: of the prompts;
-    settings go to sample().
+    check_ends: say so where not one completion ends; settings go to sample().
 
     The text has no EOS, and where a prompt already ends in <think> the tag is put back, with the white space behind it,
     so that rewards always see <think>...</think>."""
@@ -84,7 +84,8 @@ def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny",
     ids_of = dict(zip(different, different_ids))
     prompt_ids = [ids_of[prompt] for prompt in prompts]
     completions = sample(model, prompt_ids, eos_ids=eos_ids, **settings)
-    check_truncated(completions, tokenizer.convert_ids_to_tokens(sorted(eos_ids)), settings.get("progress", ""))
+    if check_ends:
+        check_truncated(completions, tokenizer.convert_ids_to_tokens(sorted(eos_ids)))
     without_eos = [c.token_ids if c.truncated else c.token_ids[:-1] for c in completions]
     texts = [opened_thinking(prompt) + text for prompt, text in zip(prompts, decode(tokenizer, without_eos))]
     return prompt_ids, completions, texts

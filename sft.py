@@ -259,7 +259,8 @@ def start(config: Config):
         examples = tokenize(rows, tokenizer, config.data, config.style, eos_ids := end_tokens(model, tokenizer))
         longest = max((len(prompt) + len(completion) for prompt, completion in examples), default=0)
         if longest > model.config.context:
-            raise ValueError(f"got a row of {longest} tokens in {config.data}, more than the model's context of "
+            row = [len(prompt) + len(completion) for prompt, completion in examples].index(longest) + 1
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {row}, more than the model's context of "
                              f"{model.config.context}; leave it out, or make room with --context")
         held_out, examples = keep_out(rows, examples, config.eval_rows, config.seed)
         if not examples or not held_out:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from countdown import Puzzle, sample_puzzles
 from evaluate import pass_at_k
 from machinery.batching import micro_batches
-from machinery.checkpoints import check_finite, load
+from machinery.checkpoints import load
 from machinery.optimizer import MasterAdamW, clip_gradients
 from preference import RewardModel
 
@@ -55,7 +55,6 @@ def score_positions(scorer, rows: list[list[int]], positions: list[list[int]]) -
         flat = iter(scorer([rows[i] for i in scored], [positions[i] for i in scored]).sigmoid().tolist())
         for i in scored:
             probabilities[i] = [next(flat) for _ in positions[i]]
-    check_finite([p for row in probabilities for p in row], scorer.backbone.source, "scores")
     return probabilities
 
 

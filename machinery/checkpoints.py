@@ -21,17 +21,20 @@ from model import FAMILIES, Model, rotary_tables
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
 PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
-SAVED_AS = ("AutoModelForCausalLM.from_pretrained({}).save_pretrained(OUT) and AutoTokenizer.from_pretrained({})"
-            ".save_pretrained(OUT) of transformers write what is read here")
+SAVED_AS = ("transformers' AutoModelForCausalLM.from_pretrained({0}).save_pretrained(OUT), and the same of AutoTokenizer, "
+            "write what is read here")
 OTHER_FORMATS = {  # files in place of model.safetensors: what they are, and what to do
-    "*.gguf": ("a GGUF file, quantised for llama.cpp", SAVED_AS.format("DIR, gguf_file=NAME", "DIR, gguf_file=NAME")),
+    "*.gguf": ("a GGUF file, quantised for llama.cpp", SAVED_AS.format("DIR, gguf_file=NAME")),
     "pytorch_model*.bin": ("an unsafe .bin (a pickle, which can run any code when it is read)",
-                           f"if you trust its maker, {SAVED_AS.format('DIR', 'DIR')}"),
+                           f"if you trust its maker, {SAVED_AS.format('DIR')}"),
     "*.pth": ("a .pth in the format of the model's maker", "fetch the version for transformers, on the hub often named -hf"),
     "*.msgpack": ("Flax weights", "fetch the safetensors of the same model"),
     "*.h5": ("TensorFlow weights", "fetch the safetensors of the same model"),
     "*.onnx": ("an ONNX file", "fetch the safetensors of the same model"),
     "*.npz": ("MLX weights", "fetch the safetensors of the same model"),
+    "global_step*": ("a DeepSpeed checkpoint", "zero_to_fp32.py in the same folder and save_pretrained put it together"),
+    "*.distcp": ("an FSDP checkpoint in shards", "accelerate merge-weights puts it together"),
+    "*.pt": ("a PyTorch file", "load it in the program that wrote it, and save_pretrained from there"),
 }
 
 
@@ -143,7 +146,7 @@ def find_directory(path_or_id) -> Path:
     if directory.is_dir():
         return directory
     if directory.is_file():
-        refuse_other_formats([directory], directory)
+        refuse_other_formats([directory], directory.parent)
         raise ValueError(f"got model {path_or_id}, which is a file; expected the directory that holds it, with config.json "
                          "and tokenizer.json")
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "models/", "runs/")):
@@ -171,12 +174,16 @@ def read_hf_config(directory: Path):
     for name in ("config.json", "tokenizer.json", *weights):
         if not (directory / name).exists():
             refuse_other_formats(sorted(directory.iterdir()), directory)
-            inside = next((path for path in sorted(directory.glob("checkpoint*")) if path.is_dir()), None)
+            below = [*directory.glob("checkpoint*"), *directory.glob("snapshots/*")]  # of a run, of the hub's cache
+            inside = next((path for path in sorted(below) if path.is_dir()), None)
+            old = any((directory / other).exists() for other in ("vocab.json", "tokenizer.model"))
+            convert = "; transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) may make it" if old else ""
             expected = ("expected the weights as safetensors, in one file or in every shard that "
                         "model.safetensors.index.json names" if name in weights else
                         "expected config.json, tokenizer.json and model.safetensors, as save_pretrained writes them")
             raise FileNotFoundError(f"got model directory {directory} without {name}; {expected}"
-                                    f"{f'; did you mean {inside}?' if inside else ''}")
+                                    f"{f'; did you mean {inside}?' if inside else ''}"
+                                    f"{convert if name == 'tokenizer.json' else ''}")
         with open(directory / name, "rb") as file:
             if file.read(30).startswith(b"version https://git-lfs"):
                 raise ValueError(f"got {directory / name}, which is a Git LFS pointer and not the file itself; "
@@ -194,7 +201,7 @@ def read_hf_config(directory: Path):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a dozen kinds: a missing field, a field of a wrong type, ...
         raise ValueError(f"got {directory / 'config.json'}, which transformers cannot read "
-                         f"({type(error).__name__}: {first_line(error)})") from None
+                         f"({type(error).__name__}: {short(error)})") from None
 
 
 def refuse_other_formats(paths: list[Path], where: Path) -> None:
@@ -214,8 +221,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+def short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def shards(directory: Path) -> list[str]:
@@ -236,6 +243,8 @@ def read_directory(directory: Path):
     path = directory / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
     tokenizer = read_tokenizer(directory)
+    if generation_config and "eos_token_id" not in read_json(directory / "config.json"):
+        hf_config.eos_token_id = None  # not the default of a config class, 2 for Llama, as generate() has it
     ends = end_ids(hf_config, generation_config, tokenizer)
     if not ends:
         raise ValueError(f"got a checkpoint without an EOS token in {directory}; completions could never end. Set eos_token "
@@ -260,7 +269,7 @@ def read_tokenizer(directory: Path):
     try:
         itself = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise ValueError(f"got {path}, which this version of tokenizers cannot read ({first_line(error)}); it may be of a "
+        raise ValueError(f"got {path}, which this version of tokenizers cannot read ({short(error)}); it may be of a "
                          "newer one, or broken: update transformers, or copy it again") from None
     itself.no_truncation()
     itself.no_padding()
@@ -277,7 +286,7 @@ def read_tokenizer(directory: Path):
             problem = (f"AutoTokenizer reads {decode(tokenizer, [ids])[0][:24]!r} where tokenizer.json has "
                        f"{itself.decode(expected, skip_special_tokens=False)[:24]!r}")
         except Exception as error:  # code of its own, a missing library, a broken field
-            problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {first_line(error)})"
+            problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {short(error)})"
     raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what tokenizer.json "
                      "says. See tokenizer_class in tokenizer_config.json")
 

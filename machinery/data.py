@@ -150,8 +150,9 @@ def check_characters(text: str) -> None:
 
 
 def prompt_key(prompt) -> str:
-    """What makes the prompts of two rows the same: the text, or of a conversation all before its first reply."""
+    """What makes the prompts of two rows the same: the text, white space aside, or of a conversation all before its first
+    reply."""
     if isinstance(prompt, str):
-        return prompt.strip()
+        return " ".join(prompt.split())
     first = next((i for i, turn in enumerate(prompt) if turn["role"] == "assistant"), len(prompt))
     return json.dumps(prompt[:first])

@@ -5,7 +5,6 @@ import sys
 from tqdm import tqdm
 
 FEW = 0.03          # share of unknown tokens that is no reason to say anything
-TINY_VOCAB = 1000   # tokens; a real checkpoint has tens of thousands
 TINY_MODEL = 20e6   # parameters; the default learning rates are for models below that
 said = set()        # by this script; flags.parse_config empties it
 
@@ -25,13 +24,12 @@ def check_learning_rate(model, learning_rate: float, highest: float) -> None:
              f"{parameters / 1e6:,.0f} million: take {highest:g} or less")
 
 
-def check_truncated(completions, ends: list[str], what: str) -> None:
+def check_truncated(completions, ends: list[str]) -> None:
     """All completions cut off: nothing ends, or there is no room to end in."""
     if len(completions) > 1 and all(completion.truncated for completion in completions):
-        note(f"all {len(completions)} completions{f' ({what})' if what else ''} were cut off at {len(completions[0].token_ids)} tokens "
-             f"(truncated 100%); none wrote {' or '.join(map(repr, ends))}, which ends one. Raise --max-new-tokens, or see "
-             "whether another token ends a turn of this checkpoint (eos_token_id in generation_config.json)",
-             f"truncated {what}")
+        note(f"all {len(completions)} completions were cut off at {len(completions[0].token_ids)} tokens (truncated 100%); "
+             f"none wrote {' or '.join(map(repr, ends))}, which ends one. Raise --max-new-tokens, or see whether another "
+             "token ends a turn of this checkpoint (eos_token_id in generation_config.json)", "truncated")
 
 
 def check_unknown(tokenizer, texts: list[str], rows: list[list[int]], what: str) -> None:

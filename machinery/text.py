@@ -7,8 +7,10 @@ prompt's, are put back before rewards read the completion, and are taken off the
 import re
 
 from countdown import fill_template
-from machinery.notes import TINY_VOCAB, note
+from machinery.notes import note
 from rewards import END_THINK, THINK
+
+TINY_UNKNOWN = "<|unknown|>"  # of the tiny base's tokenizer (corpus.py), and of no other
 
 
 def encode_prompts(tokenizer, prompts: list[str], style: str | list[str]) -> list[list[int]]:
@@ -61,7 +63,7 @@ def end_of_turn(tokenizer, eos_ids: set[int]) -> int:
         first = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"][:1]
         if first and first[0] in eos_ids:
             return first[0]
-        if first and tokenizer.convert_ids_to_tokens(first[0]) in tokenizer.all_special_tokens:
+        if first and first[0] in tokenizer.added_tokens_decoder:
             note(f"the chat template ends a reply with {tokenizer.convert_ids_to_tokens(first[0])}, which is none of the "
                  "checkpoint's end tokens: completions may go on behind it. Add it to eos_token_id in "
                  "generation_config.json")
@@ -70,13 +72,14 @@ def end_of_turn(tokenizer, eos_ids: set[int]) -> int:
 
 def check_style_fits(model, tokenizer, style: str, eos_ids: set[int]) -> None:
     """Says what looks wrong in the pair of prompt style and checkpoint."""
-    real, vocabulary = len(tokenizer) > TINY_VOCAB, f"{model.source} has a vocabulary of {len(tokenizer):,} tokens"
-    if style == "tiny" and real:
-        note(f"--style tiny is the notation of the tiny base, and {vocabulary}: unless it was fine-tuned on that notation, "
-             f"take --style {'chat' if tokenizer.chat_template else 'base'}")
-    if style == "base" and not real:
-        note(f"--style base is for real checkpoints, and {vocabulary}, which lacks most words of that prompt; take "
-             "--style tiny")
+    tiny = tokenizer.unk_token == TINY_UNKNOWN
+    if style == "tiny" and not tiny:
+        note(f"--style tiny is the notation of the tiny base, and {model.source} has another vocabulary, of "
+             f"{len(tokenizer):,} tokens: unless it was fine-tuned on that notation, take --style "
+             f"{'chat' if tokenizer.chat_template else 'base'}")
+    if style == "base" and tiny:
+        note(f"--style base is for real checkpoints; {model.source} has the tiny base's vocabulary, without most words of "
+             "that prompt: take --style tiny")
     if style != "chat":
         return
     prompt = fill_template("question", "chat", tokenizer)

@@ -36,6 +36,11 @@ def final_value(text: str) -> Fraction | str:
     return -value if match[1] == "-" else value
 
 
+def same_words(question: str) -> str:
+    """What makes two questions the same: white space aside, so that none is in both splits."""
+    return " ".join(question.split())
+
+
 def check_answer(text: str, expected: str) -> str:
     """correct, or why not."""
     answer = answer_or_text(text)
@@ -65,11 +70,11 @@ class Questions:
             answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
             if not all(isinstance(text, str) and text.strip() for text in (question, answer)) or final_value(answer) == "":
                 raise ValueError(f"got {path}, line {number}: {str(row)[:80]}; expected {EXPECTED}")
-            first, known = lines.setdefault(question, (number, answer))
+            first, known = lines.setdefault(same_words(question), (number, answer))
             if final_value(known) != final_value(answer):
                 raise ValueError(f"got {path}, line {number}, with the question of line {first} and another answer; "
                                  "expected one answer for it")
-            rows[split_of(question)].append({"question": question, "answer": answer})
+            rows[split_of(same_words(question))].append({"question": question, "answer": answer})
         if not rows["train"] or not rows["test"]:
             raise ValueError(f"got {path} with {len(lines)} questions, of which {len(rows['train'])} are for training and "
                              f"{len(rows['test'])} held out; expected some of both: bring more")
@@ -79,7 +84,7 @@ class Questions:
         return rng.choice(self.rows[split])
 
     def key(self, problem: dict) -> str:
-        return problem["question"]
+        return same_words(problem["question"])
 
     def question(self, problem: dict, style: str) -> str:
         return problem["question"] if "preference" in self.WEIGHTS else ask(problem["question"], style)

@@ -1,5 +1,6 @@
-"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; a model that many use."""
+"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; models that many use."""
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -37,6 +38,52 @@ def base(tmp_path_factory):
         model.model["embed_tokens"].weight *= 5
     save(model, tokenizer, directory := tmp_path_factory.mktemp("base") / "model")
     return directory
+
+
+CHAT = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """stranger(...): the directory of a small random Llama with a byte-level tokenizer, as people bring them.
+
+    bos: the tokenizer puts <|begin|> first. template: of chats. edits: {file: {key: value, or None for no such key}}."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    def write(name="stranger", bos=False, template=CHAT, **edits):
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special = ["<|end|>", "<|user|>", "<|assistant|>", "<|begin|>", "<|eot|>"]
+        raw.train_from_iterator(["using 3 4 5 make 27 the numbers"] * 3, trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        if bos:
+            raw.post_processor = processors.TemplateProcessing(
+                single="<|begin|> $A", special_tokens=[("<|begin|>", raw.token_to_id("<|begin|>"))])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", bos_token="<|begin|>")
+        tokenizer.chat_template = template
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=0,
+            bos_token_id=3))
+        with torch.no_grad():
+            model.lm_head.weight *= 20
+        model.save_pretrained(directory := tmp_path / name)
+        tokenizer.save_pretrained(directory)
+        (directory / "generation_config.json").unlink()
+        for file, changes in edits.items():
+            edit_json(directory / f"{file}.json", **changes)
+        return directory
+    return write
+
+
+def edit_json(path, **changes):
+    """Sets keys of a JSON file, which is made where there is none; None removes the key."""
+    content = (json.loads(path.read_text()) if path.exists() else {}) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_prompts_longer_than_the_context_are_refused(base, refused, tmp_path):
     data = tmp_path / "data.jsonl"
     run_folder.append_jsonl(data, *({"prompt": "hi\n", "completion": text} for text in ("+" * 1100, "hello")))
     refused(sft, "--model", base, "--data", data, "--eval-rows", "1", "--out", tmp_path / "run",
-            says=("got a row of 1103 tokens", "context of 1024"))
+            says=("got a row of 1103 tokens", "row 1", "context of 1024"))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,234 @@
+"""What users bring as data: encodings, conversations, what is refused, what is counted."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+import preference
+import sft
+import train_countdown
+from machinery.checkpoints import end_tokens, load
+from machinery.data import check_rows, check_unchanged, fingerprint, prompt_key, read_jsonl
+from machinery.run_folder import append_jsonl, load_checkpoint
+from machinery.tasks import find_tasks
+from machinery.text import decode
+
+ROWS = [{"prompt": "Größe\u2028?", "completion": "ja"}, {"prompt": "b", "completion": ""}]
+TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+PAIR = ("prompt", "completion")
+USER, REPLY, AGAIN = ({"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+
+
+# ------------------------------------------------------------------------------------------------------------- encodings
+@pytest.mark.parametrize("content", (
+    TEXT.encode(), b"\xef\xbb\xbf" + TEXT.encode(), TEXT.replace("\n", "\r\n").encode(), TEXT.encode() + b"\n\n \r\n\t\n",
+    TEXT.encode("utf-16"), b"\xfe\xff" + TEXT.replace("\n", "\r\n").encode("utf-16-be"),
+), ids=("plain", "BOM", "CRLF", "blank lines at the end", "UTF-16", "UTF-16 of PowerShell, big end first"))
+def test_what_editors_and_shells_write_is_read(content, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert read_jsonl(tmp_path / "rows.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("content, says", (
+    (b'{"a": 1}\n{"a": "\xe4"}\n', "rows.jsonl, line 2, which is no UTF-8"),
+    (TEXT.encode("utf-16-le"), "rows.jsonl, line 1"),
+    (b'[\n{"a": 1}\n]', "line 1: .*; the file looks like one JSON array; expected one JSON object a line"),
+    (b'{"a": 1}\n\n{"a": 1}\n', "rows.jsonl, line 2: .*; expected one JSON object a line"),
+    (b'prompt,completion\nhi,hello\n', "rows.jsonl, line 1: .*; expected one JSON object a line"),
+    (b'{"a": 1} {"a": 2}', "rows.jsonl, line 1: .*; expected one JSON object a line"),
+    (b'{"a": 1}\n"text"', "got str in .*rows.jsonl, line 2; expected a JSON object"),
+    (b"[" * 100_000, "rows.jsonl, line 1: .*expected one JSON object a line"),
+    (b"PAR1\x15\x04", "rows.jsonl, a Parquet file, expected a text file"),
+    (b"\x1f\x8b\x08\x00", "rows.jsonl, a gzip archive"), (b"PK\x03\x04", "rows.jsonl, a zip archive"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "rows.jsonl, a Git LFS pointer"),
+), ids=("Latin-1", "UTF-16 without a mark", "an array", "a blank line inside", "CSV", "two objects a line", "no object",
+        "too deep", "Parquet", "gzip", "zip", "LFS"))
+def test_anything_else_is_refused_with_its_file_and_line(content, says, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_every_reader_takes_them(tmp_path, base):
+    """A task of questions, pairs, and the config of a run that was edited on Windows."""
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(
+        json.dumps({"question": f"{i}?", "answer": str(i)}).encode() for i in range(30)) + b"\r\n\r\n")
+    assert len(find_tasks(str(tmp_path / "q.jsonl"))) == 1
+    pairs = [{"prompt": "hi\n", "chosen": "hello", "rejected": "go away"}] * 2
+    (tmp_path / "p.jsonl").write_bytes("\r\n".join(map(json.dumps, pairs)).encode("utf-16"))
+    assert len(preference.read_pairs(tmp_path / "p.jsonl", load(base)[1], 99)) == 2
+    from machinery.run_folder import create_run, read_run_config
+    run = create_run(tmp_path / "run", sft.Config())
+    (run / "config.json").write_bytes(b"\xef\xbb\xbf" + (run / "config.json").read_bytes().replace(b"\n", b"\r\n"))
+    assert read_run_config(run, sft.Config) == sft.Config()
+
+
+# --------------------------------------------------------------------------------------------------------- conversations
+@pytest.mark.parametrize("row, expected", (
+    ({"messages": [USER, REPLY]}, [([USER], "b")]),
+    ({"messages": [{"role": "system", "content": "s"}, USER, REPLY]}, [([{"role": "system", "content": "s"}, USER], "b")]),
+    ({"messages": [USER, REPLY, AGAIN, REPLY]}, [([USER], "b"), ([USER, REPLY, AGAIN], "b")]),
+    ({"messages": [USER, REPLY | {"weight": 0}, AGAIN, REPLY]}, [([USER, REPLY, AGAIN], "b")]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, REPLY]}, [([USER], "b")]),
+    ({"prompt": [USER], "completion": [REPLY]}, [([USER], "b")]), ({"prompt": [USER], "completion": "b"}, [([USER], "b")]),
+    ({"prompt": "a", "completion": "b"}, [("a", "b")]),
+), ids=("messages", "system", "two turns", "weight 0", "parts", "prompt and completion", "text as completion", "text"))
+def test_conversations_of_openai_and_trl_are_rows(row, expected):
+    rows = check_rows([row], "x", PAIR, "both")
+    assert [(row["prompt"], row["completion"]) for row in rows] == expected
+
+
+@pytest.mark.parametrize("row", (
+    {"prompt": [USER], "chosen": [REPLY], "rejected": [{"role": "assistant", "content": "x"}]},
+    {"chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "x"}]},
+), ids=("prompt", "the same beginning"))
+def test_preferences_over_conversations_are_pairs(row):
+    found, = check_rows([row], "x", ("prompt", "chosen", "rejected"), "all three")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ([USER], "b", "x")
+
+
+@pytest.mark.parametrize("row, says", (
+    ({"messages": [USER]}, "expected a user's first and an assistant's behind it"),
+    ({"messages": [REPLY, USER]}, "expected a user's first"), ({"messages": []}, "without a message"),
+    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "expected role and content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "expected role and content"),
+    ({"messages": "a"}, "without a message"), ({"prompt": [USER], "completion": [USER]}, "expected one, of the assistant"),
+    ({"prompt": [USER], "completion": [REPLY], "tools": [{}]}, "with tools"),
+    ({"instruction": "a", "output": "b"}, "without text in prompt and completion; expected both.* it has instruction, output"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "it has conversations"), ({"text": "a"}, "it has text"),
+    ({"prompt": "\ud83d", "completion": "b"}, "half a character"), ({}, "no field"),
+), ids=("no reply", "reply first", "no message", "tool call", "image", "no list", "two users", "tools", "Alpaca", "ShareGPT",
+        "text", "half a character", "empty"))
+def test_other_rows_are_refused_with_their_line(row, says):
+    with pytest.raises(ValueError, match=f"got x, line 2 .*{says}"):
+        check_rows([{"prompt": "a", "completion": "b"}, row], "x", PAIR, "both")
+
+
+def test_preferences_that_begin_differently_are_refused():
+    with pytest.raises(ValueError, match="line 1 whose chosen and rejected begin differently"):
+        check_rows([{"chosen": [USER, REPLY], "rejected": [AGAIN, REPLY]}], "x", ("prompt", "chosen", "rejected"), "all")
+
+
+def test_a_conversation_goes_through_the_chat_template_whatever_the_style(stranger, base, tmp_path):
+    """The reply itself does not: templates of thinking models would take its chain of thought out."""
+    model, tokenizer = load(stranger(bos=True))
+    rows = [{"messages": [USER, {"role": "assistant", "content": "<think>t</think>b"}]}, {"prompt": "a", "completion": "b"}]
+    (prompt, completion), (text, _) = sft.tokenize(rows, tokenizer, "x", "tiny", end_tokens(model, tokenizer))
+    assert decode(tokenizer, [prompt, completion, text]) == ["<|user|>a<|end|><|assistant|>", "<think>t</think>b<|end|>",
+                                                             "<|begin|>a"]
+    with pytest.raises(ValueError, match="no chat template"):
+        sft.tokenize(rows, load(base)[1], "x")
+
+
+# ---------------------------------------------------------------------------------------------------------- held-out rows
+def test_rows_of_one_prompt_are_on_one_side():
+    """Four rows a prompt, as rejection sampling writes them; the split is by prompt, in the order of rows as it was for
+    rows that are all different."""
+    rows = [{"prompt": f"{i % 50}\n" if i % 2 else f"{i % 50}", "completion": str(i)} for i in range(200)]
+    held_out, rest = sft.keep_out(rows, rows, 20, seed=0)
+    assert not {prompt_key(row["prompt"]) for row in held_out} & {prompt_key(row["prompt"]) for row in rest}
+    assert 20 <= len(held_out) <= 23 and len(held_out) + len(rest) == 200
+    different = [{"prompt": str(i), "completion": ""} for i in range(200)]
+    held_out, rest = sft.keep_out(different, different, 20, seed=0)
+    import random
+    random.Random(0).shuffle(different)
+    assert held_out + rest == different
+
+
+def test_a_frequent_prompt_stays_in_training_as_long_as_there_are_others():
+    rows = [{"prompt": "hello", "completion": str(i)} for i in range(100)] + [{"prompt": str(i)} for i in range(30)]
+    for n, hello in ((16, 0), (31, 100)):
+        held_out, rest = sft.keep_out(rows, rows, n, seed=0)
+        assert sum(row["prompt"] == "hello" for row in held_out) == hello
+
+
+def test_turns_of_one_conversation_are_on_one_side():
+    rows = check_rows([{"messages": [{"role": "user", "content": str(i)}, REPLY, AGAIN, REPLY]} for i in range(20)], "x",
+                      PAIR, "both")
+    held_out, rest = sft.keep_out(rows, rows, 8, seed=0)
+    firsts = [{row["prompt"][0]["content"] for row in side} for side in (held_out, rest)]
+    assert len(rows) == 40 and len(held_out) == 8 and not firsts[0] & firsts[1]
+
+
+def test_a_held_out_loss_is_no_memory(base, monkeypatch, tmp_path, capfd):
+    """Every prompt three times with the same completion, which is random: what is learnt by heart shows in training, and
+    not in the held-out loss, which stays above that of guessing among the four."""
+    import random
+    rng, words = random.Random(0), ["go away", "hello", "yes", "no"]
+    rows = [{"prompt": f"using {i % 7} {i // 7} make {i}\n", "completion": rng.choice(words)} for i in range(60)] * 3
+    append_jsonl(tmp_path / "rows.jsonl", *rows)
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "rows.jsonl"), "--model", str(base), "--epochs", "40",
+                                      "--learning-rate", "1e-2", "--eval-rows", "30", "--batch-tokens", "1000",
+                                      "--out", str(tmp_path / "run")])
+    sft.main()
+    last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["loss"] < 0.1 < 0.4 < last["held_out_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------- counted and said
+def test_empty_and_unknown_rows_are_counted(base, capfd):
+    rows = [{"prompt": "hello\n", "completion": ""}, {"prompt": "hi\n", "completion": ""},
+            {"prompt": "xyz qq", "completion": "yes"}, {"prompt": "hello\n", "completion": "zz"},
+            {"prompt": "hello\n", "completion": "yes"}]
+    sft.tokenize(rows, load(base)[1], "my.jsonl")
+    error = capfd.readouterr().err
+    assert "note: 2 of the 5 rows of my.jsonl have an empty completion" in error
+    assert "note: 2 of the 5 rows of my.jsonl have a prompt or a completion of unknown tokens alone" in error
+    assert "of the tokens of my.jsonl are unknown" in error
+
+
+def test_completions_that_never_close_the_thinking_of_their_prompt_are_counted(stranger, capfd):
+    from conftest import CHAT
+    _, tokenizer = load(stranger(template=CHAT.replace("<|assistant|>{% endif", "<|assistant|><think>\n{% endif")))
+    rows = [{"prompt": "a", "completion": text} for text in ("<think>\nb</think>c", "b</think>c", "hello")]
+    sft.tokenize(rows, tokenizer, "my.jsonl", "chat")
+    assert "note: 1 of the 3 completions of my.jsonl never close" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- data that changed before --resume
+def test_data_that_changed_is_noticed_when_supervised_training_is_resumed(base, monkeypatch, refused, tmp_path):
+    """Longer, shorter, or of the same length: the run would train on other rows, or end without a word."""
+    data, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"using {i} make {i}\n", "completion": "yes"} for i in range(40)]
+    append_jsonl(data, *rows)
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(data), "--model", str(base), "--eval-rows", "4", "--batch-tokens",
+                                      "100", "--out", str(run)])
+    sft.main()
+    before = data.read_bytes()
+    for changed in (before + before.replace(b"yes", b"no"), before[:200].rpartition(b"\n")[0], before.replace(b"yes", b"not")):
+        data.write_bytes(changed)
+        refused(sft, "--resume", run, says=(f"got {data}, which is not what it was when {run} began", "put it back",
+                                            f"--model {run / 'checkpoint'}"))
+    data.write_bytes(before)
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", str(run)])
+    sft.main()
+
+
+def test_questions_that_changed_are_noticed_when_reinforcement_learning_is_resumed(base, monkeypatch, refused, tmp_path,
+                                                                                   quiet_training):
+    data, run = tmp_path / "q.jsonl", tmp_path / "run"
+    append_jsonl(data, *({"question": f"make {i}", "answer": str(i)} for i in range(40)))
+    monkeypatch.setattr(sys, "argv", ["x", "--task", str(data), "--model", str(base), "--steps", "1", "--batch-size", "8",
+                                      "--group-size", "4", "--max-new-tokens", "8", "--eval-n", "4", "--out", str(run)])
+    train_countdown.main()
+    assert load_checkpoint(run)[2]["inputs"] == {str(data): fingerprint(data)}
+    append_jsonl(data, {"question": "one more", "answer": "1"})
+    refused(train_countdown, "--resume", run, says=(f"got {data}, which is not what it was when {run} began",))
+
+
+def test_what_is_read_anew_is_remembered(base, monkeypatch, tmp_path, quiet_training):
+    """The first model, where it is the reference or carries adapters."""
+    shutil.copytree(base, tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(tmp_path / "model"), "--steps", "1", "--batch-size", "8",
+                                      "--group-size", "4", "--max-new-tokens", "8", "--eval-n", "4", "--kl-coef", "0.1",
+                                      "--out", str(tmp_path / "run")])
+    train_countdown.main()
+    state = load_checkpoint(tmp_path / "run")[2]
+    assert state["inputs"] == {str(tmp_path / "model"): fingerprint(base)}
+    check_unchanged(state, tmp_path / "run")
+    weights = tmp_path / "model" / "config.json"
+    weights.write_text(weights.read_text().replace("\n", "\n\n", 1))
+    with pytest.raises(ValueError, match="which is not what it was"):
+        check_unchanged(state, tmp_path / "run")
