@@ -1,5 +1,6 @@
 """What cannot be right and yet may be meant: counted, said once on stderr, and the work goes on."""
 
+import os
 import sys
 
 from tqdm import tqdm
@@ -10,8 +11,8 @@ said = set()        # by this script; flags.parse_config empties it
 
 
 def note(text: str, key: str = "") -> None:
-    """Once for each key, which is the text where there is none."""
-    if (key or text) not in said:
+    """Once for each key, which is the text where there is none; under torchrun by the first process."""
+    if (key or text) not in said and os.environ.get("RANK", "0") == "0":
         said.add(key or text)
         tqdm.write(f"note: {text}", file=sys.stderr)  # print() would go on in a bar's line
 

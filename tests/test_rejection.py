@@ -174,7 +174,7 @@ def test_rounds_fine_tune_on_all_rows_so_far_and_add_what_is_new(monkeypatch, tm
 
 
 def test_a_round_is_an_sft_of_the_base(monkeypatch, tmp_path, base):
-    rows = [{"prompt": "using 3 4 5 make 27\n", "completion": written("9 yes")}] * 8
+    rows = [{"prompt": f"using 3 4 5 make {i}\n", "completion": written("9 yes")} for i in range(8)]
     config = Config(out=str(tmp_path / "rounds.jsonl"), base=str(base), sft_flags="--batch-tokens 64")
     checkpoint = rejection.fine_tune(rows, 1, config)
     assert checkpoint == f"{tmp_path}/rounds.jsonl.round1/sft/checkpoint"

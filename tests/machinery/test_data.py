@@ -156,7 +156,7 @@ def test_a_held_out_loss_is_no_memory(base, monkeypatch, tmp_path, capfd):
     """Every prompt three times with the same completion, which is random: what is learnt by heart shows in training, and
     not in the held-out loss, which stays above that of guessing among the four."""
     import random
-    rng, words = random.Random(0), ["go away", "hello", "yes", "no"]
+    rng, words = random.Random(0), ["go away", "hello", "42", "7"]
     rows = [{"prompt": f"using {i % 7} {i // 7} make {i}\n", "completion": rng.choice(words)} for i in range(60)] * 3
     append_jsonl(tmp_path / "rows.jsonl", *rows)
     monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "rows.jsonl"), "--model", str(base), "--epochs", "40",
@@ -170,8 +170,8 @@ def test_a_held_out_loss_is_no_memory(base, monkeypatch, tmp_path, capfd):
 # ---------------------------------------------------------------------------------------------------- counted and said
 def test_empty_and_unknown_rows_are_counted(base, capfd):
     rows = [{"prompt": "hello\n", "completion": ""}, {"prompt": "hi\n", "completion": ""},
-            {"prompt": "xyz qq", "completion": "yes"}, {"prompt": "hello\n", "completion": "zz"},
-            {"prompt": "hello\n", "completion": "yes"}]
+            {"prompt": "xyz qq", "completion": "42"}, {"prompt": "hello\n", "completion": "zz"},
+            {"prompt": "hello\n", "completion": "42"}]
     sft.tokenize(rows, load(base)[1], "my.jsonl")
     error = capfd.readouterr().err
     assert "note: 2 of the 5 rows of my.jsonl have an empty completion" in error
