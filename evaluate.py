@@ -142,8 +142,8 @@ def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -
             questions += [question] if question["kind"] == "arithmetic" else []
     _, _, replies = complete(model, tokenizer, [fill_template(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
-                             max_new_tokens=min(64, config.max_new_tokens), progress="greetings and sums", check_ends=False,
-                             **settings)
+                             max_new_tokens=min(64, config.max_new_tokens), check_ends=False,
+                             progress="greetings and sums", **settings)
     table = {"needless_thinking": sum(map(needless_thinking, replies[:n])) / n}
     if config.style == "tiny":
         good = [is_good(reply, question["good"]) for reply, question in zip(replies, questions)]
@@ -161,7 +161,8 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     else:
         examples = task.examples(config.shots, config.style, config.seed)
     prompts = [task.prompt(problem, config.style, tokenizer, examples) for problem in problems]
-    settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed, slots=config.slots)
+    settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+                    slots=config.slots)
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],

@@ -158,7 +158,7 @@ def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[
                         for name in ("chosen", "rejected"))
     check_unknown(tokenizer, prompts + [pair["chosen"] for pair in pairs], chosen, path)
     if same := sum(c == r for c, r in zip(chosen, rejected)):
-        note(f"{same:,} of the {len(pairs):,} pairs of {path} have the same reply as chosen and rejected: they teach nothing")
+        note(f"{same:,} of the {len(pairs):,} pairs of {path} have the same reply on both sides: they teach nothing")
     for number, rows in enumerate(zip(chosen, rejected), 1):
         if max(map(len, rows)) > context:
             raise ValueError(f"got {path}, line {number} of {max(map(len, rows))} tokens, more than the model's "
@@ -205,8 +205,8 @@ def main() -> None:
                              f"{config.eval_pairs} are kept out; expected at least one on each side")
         trained = {prompt_key(pair["prompt"]) for pair in pairs}
         if seen := sum(prompt_key(pair["prompt"]) in trained for pair in held_out):
-            note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too: what is measured "
-                 "there is new replies, not new prompts")
+            note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too: what is "
+                 "measured there is new replies, not new prompts")
         check_style_fits(backbone, tokenizer, config.style, end_tokens(backbone, tokenizer))
         check_learning_rate(backbone, config.learning_rate, 1e-4)
         run = create_run(config.out, config)

@@ -20,17 +20,18 @@ import torch
 from tqdm import tqdm
 
 from countdown import check_style, fill_template
-from machinery import notes
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from machinery.checkpoints import DTYPES, check_device, check_dtype, check_finite, end_tokens, load
-from machinery.data import check_rows, check_unchanged, fingerprint, prompt_key, read_jsonl
+from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, prompt_key, read_jsonl
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
+from machinery.notes import check_learning_rate
 from machinery.optimizer import MasterAdamW, clip_gradients
-from machinery.run_folder import append_jsonl, check_free, create_run, load_checkpoint, rewind_log, save_checkpoint, what_to_do
-from machinery.text import check_style_fits, continue_prompt, encode_completions, encode_prompts, end_of_turn, opened_thinking
+from machinery.run_folder import (append_jsonl, check_free, create_run, load_checkpoint, rewind_log, save_checkpoint,
+                                  what_to_do)
+from machinery.text import (check_examples, check_style_fits, continue_prompt, encode_completions, encode_prompts,
+                            end_of_turn)
 from model import Model, init_weights, set_context
-from rewards import END_THINK
 
 
 @dataclass(frozen=True)
@@ -109,44 +110,22 @@ def new_model(name: str, seed: int):
 def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny",
              eos_ids: set[int] = frozenset()) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes, or
-    conversations, which the chat template takes. eos_ids: with which sampling stops; a reply in a conversation ends as
-    the chat template ends it, where that is one of them. Raises ValueError with the line number where a field is missing."""
+    conversations, which the chat template takes. eos_ids: where sampling stops; a reply of a chat ends as its template
+    ends it, if that is one of them. Raises ValueError with the line number where a field is missing."""
     rows = check_rows(rows, path, ("prompt", "completion"), "both")
     styles = ["chat" if isinstance(row["prompt"], list) else style for row in rows]
-    eos = {"chat": end_of_turn(tokenizer, eos_ids) if "chat" in styles else None}
-    examples, texts, unclosed = [], [], 0
+    ends = {name: end_of_turn(tokenizer, eos_ids) if name == "chat" else tokenizer.eos_token_id for name in set(styles)}
+    texts, examples = [], []
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
         chunk, own = rows[start:start + 4096], styles[start:start + 4096]
         prompts = [fill_template(row["prompt"], style, tokenizer) for row in chunk]
         completions = [continue_prompt(prompt, row["completion"]) for prompt, row in zip(prompts, chunk)]
-        unclosed += sum(bool(opened_thinking(prompt)) and END_THINK not in text for prompt, text in zip(prompts, completions))
-        texts += [prompt + completion for prompt, completion in zip(prompts, completions)]
-        examples += [(prompt, ids if ids[-1:] == [end] else [*ids, end]) for prompt, ids, end in zip(
-            encode_prompts(tokenizer, prompts, own), encode_completions(tokenizer, completions),
-            (eos.get(name, tokenizer.eos_token_id) for name in own))]
-    if unclosed:
-        notes.note(f"{unclosed:,} of the {len(rows):,} completions of {path} never close the thinking that their prompt opens "
-                   f"({END_THINK} is missing): they teach to answer inside it")
-    notes.check_unknown(tokenizer, texts, [prompt + completion for prompt, completion in examples], path)
-    only = sum(set(completion[:-1]) == {tokenizer.unk_token_id} or set(prompt) == {tokenizer.unk_token_id}
-               for prompt, completion in examples)
-    if only:
-        notes.note(f"{only:,} of the {len(rows):,} rows of {path} have a prompt or a completion of unknown tokens alone")
+        texts += zip(prompts, completions)
+        ids = zip(encode_prompts(tokenizer, prompts, own), encode_completions(tokenizer, completions))
+        examples += [(prompt, completion if completion[-1:] == [ends[name]] else [*completion, ends[name]])
+                     for (prompt, completion), name in zip(ids, own)]
+    check_examples(tokenizer, texts, examples, path)
     return examples
-
-
-def keep_out(rows: list[dict], examples: list, n: int, seed: int) -> tuple[list, list]:
-    """-> (n held-out examples or a few more, the rest, shuffled): all rows of a prompt are on the same side. A prompt of
-    more than an eighth of n stays in training, as long as there are others."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    same_prompt: dict[str, list[int]] = {}
-    for i in order:
-        same_prompt.setdefault(prompt_key(rows[i]["prompt"]), []).append(i)
-    held_out = []
-    for own in sorted(same_prompt.values(), key=lambda own: len(own) > max(1, n // 8)):
-        held_out += own if len(held_out) < n else []
-    return [examples[i] for i in held_out], [examples[i] for i in order if i not in set(held_out)]
 
 
 def check_same_tokenizer(tokenizer, teacher_tokenizer, config: Config) -> None:
@@ -260,16 +239,16 @@ def start(config: Config):
         longest = max((len(prompt) + len(completion) for prompt, completion in examples), default=0)
         if longest > model.config.context:
             row = [len(prompt) + len(completion) for prompt, completion in examples].index(longest) + 1
-            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {row}, more than the model's context of "
-                             f"{model.config.context}; leave it out, or make room with --context")
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {row}, more than the model's "
+                             f"context of {model.config.context}; leave it out, or make room with --context")
         held_out, examples = keep_out(rows, examples, config.eval_rows, config.seed)
         if not examples or not held_out:
             prompts = len({prompt_key(row["prompt"]) for row in rows})
-            raise ValueError(f"got {len(rows)} rows of {prompts} different prompts in {config.data}, of which --eval-rows "
-                             f"{config.eval_rows} are kept out; expected at least one on each side, and all rows of a prompt "
-                             "on the same one")
+            raise ValueError(f"got {len(rows)} rows of {prompts} different prompts in {config.data}, of which "
+                             f"--eval-rows {config.eval_rows} are kept out; expected at least one on each side, and all "
+                             "rows of a prompt on the same one")
         check_style_fits(model, tokenizer, config.style, eos_ids)
-        notes.check_learning_rate(model, config.learning_rate, 2e-4)
+        check_learning_rate(model, config.learning_rate, 2e-4)
         run = Path(config.resume) if config.resume else create_run(config.out, config)
         if state:
             rewind_log(run / "metrics.jsonl", state["step"])

@@ -21,13 +21,13 @@ from model import FAMILIES, Model, rotary_tables
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
 PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
-SAVED_AS = ("transformers' AutoModelForCausalLM.from_pretrained({0}).save_pretrained(OUT), and the same of AutoTokenizer, "
-            "write what is read here")
+RESAVED = ("transformers' AutoModelForCausalLM.from_pretrained({0}).save_pretrained(OUT), and the same of AutoTokenizer, "
+           "write what is read here")
 OTHER_FORMATS = {  # files in place of model.safetensors: what they are, and what to do
-    "*.gguf": ("a GGUF file, quantised for llama.cpp", SAVED_AS.format("DIR, gguf_file=NAME")),
+    "*.gguf": ("a GGUF file, quantised for llama.cpp", RESAVED.format("DIR, gguf_file=NAME")),
     "pytorch_model*.bin": ("an unsafe .bin (a pickle, which can run any code when it is read)",
-                           f"if you trust its maker, {SAVED_AS.format('DIR')}"),
-    "*.pth": ("a .pth in the format of the model's maker", "fetch the version for transformers, on the hub often named -hf"),
+                           f"if you trust its maker, {RESAVED.format('DIR')}"),
+    "*.pth": ("a .pth as the model's maker trained it", "fetch the version for transformers, on the hub often named -hf"),
     "*.msgpack": ("Flax weights", "fetch the safetensors of the same model"),
     "*.h5": ("TensorFlow weights", "fetch the safetensors of the same model"),
     "*.onnx": ("an ONNX file", "fetch the safetensors of the same model"),
@@ -136,8 +136,8 @@ def check_device(device) -> None:
 def check_finite(values, source: str, what: str = "log-probs") -> None:
     """values: a tensor or a list. Raises BrokenWeights where one is NaN or infinite; source: the checkpoint that made it."""
     if not torch.as_tensor(values).isfinite().all():
-        raise BrokenWeights(f"got {what} from {source} that are not finite (nan or inf), expected numbers: its weights are "
-                            "broken, or too large for this dtype")
+        raise BrokenWeights(f"got {what} from {source} that are not finite (nan or inf), expected numbers: its weights "
+                            "are broken, or too large for this dtype")
 
 
 # ----------------------------------------------------------------------------------------------------------- one by one
@@ -147,8 +147,8 @@ def find_directory(path_or_id) -> Path:
         return directory
     if directory.is_file():
         refuse_other_formats([directory], directory.parent)
-        raise ValueError(f"got model {path_or_id}, which is a file; expected the directory that holds it, with config.json "
-                         "and tokenizer.json")
+        raise ValueError(f"got model {path_or_id}, which is a file; expected the directory that holds it, with "
+                         "config.json and tokenizer.json")
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "models/", "runs/")):
         raise FileNotFoundError(f"got model {str(path_or_id)!r}, which is no directory here and "
                                 "no hub id like Qwen/Qwen2.5-1.5B")
@@ -247,16 +247,16 @@ def read_directory(directory: Path):
         hf_config.eos_token_id = None  # not the default of a config class, 2 for Llama, as generate() has it
     ends = end_ids(hf_config, generation_config, tokenizer)
     if not ends:
-        raise ValueError(f"got a checkpoint without an EOS token in {directory}; completions could never end. Set eos_token "
-                         "in tokenizer_config.json, or eos_token_id in generation_config.json")
+        raise ValueError(f"got a checkpoint without an EOS token in {directory}; completions could never end. Set "
+                         "eos_token in tokenizer_config.json, or eos_token_id in generation_config.json")
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(ends))
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((name for name, i in vocabulary.items() if i >= hf_config.vocab_size), key=vocabulary.get)
     if beyond:
         raise ValueError(f"got a tokenizer of {len(vocabulary):,} tokens in {directory} and an embedding of "
-                         f"{hf_config.vocab_size:,} rows: {len(beyond)} tokens ({', '.join(beyond[:3])}) have none. They were "
-                         "added without model.resize_token_embeddings(len(tokenizer)); do that, and save both")
+                         f"{hf_config.vocab_size:,} rows: {len(beyond)} tokens ({', '.join(beyond[:3])}) have none. They "
+                         "were added without model.resize_token_embeddings(len(tokenizer)); do that, and save both")
     return hf_config, generation_config, tokenizer, read_weights(directory)
 
 
@@ -287,8 +287,8 @@ def read_tokenizer(directory: Path):
                        f"{itself.decode(expected, skip_special_tokens=False)[:24]!r}")
         except Exception as error:  # code of its own, a missing library, a broken field
             problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {short(error)})"
-    raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what tokenizer.json "
-                     "says. See tokenizer_class in tokenizer_config.json")
+    raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what "
+                     "tokenizer.json says. See tokenizer_class in tokenizer_config.json")
 
 
 def read_weights(directory: Path) -> dict:
@@ -307,8 +307,8 @@ def read_weights(directory: Path) -> dict:
     state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() == 1:  # 1: fp8
-            raise ValueError(f"got {name} as {str(tensor.dtype).removeprefix('torch.')} in {directory}, expected float32, "
-                             "bfloat16 or float16")
+            raise ValueError(f"got {name} as {str(tensor.dtype).removeprefix('torch.')} in {directory}, expected "
+                             "float32, bfloat16 or float16")
         if not tensor.isfinite().all():
             raise BrokenWeights(f"got {name} in {directory} with numbers that are not finite (nan or inf); copy the "
                                 "checkpoint again, or take one from before it broke")

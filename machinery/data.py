@@ -8,6 +8,7 @@ the assistant is a row of its own, with all that stands before it as its prompt.
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 from machinery.notes import note
@@ -29,8 +30,8 @@ def read_text(path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"got {path}, line {line}, which is no {encoding.removesuffix('-sig').upper()} ({error.reason}); "
-                         "save the file as UTF-8") from None
+        raise ValueError(f"got {path}, line {line}, which is no {encoding.removesuffix('-sig').upper()} "
+                         f"({error.reason}); save the file as UTF-8") from None
 
 
 def read_jsonl(path) -> list[dict]:
@@ -156,3 +157,17 @@ def prompt_key(prompt) -> str:
         return " ".join(prompt.split())
     first = next((i for i, turn in enumerate(prompt) if turn["role"] == "assistant"), len(prompt))
     return json.dumps(prompt[:first])
+
+
+def keep_out(rows: list[dict], examples: list, n: int, seed: int) -> tuple[list, list]:
+    """-> (n held-out examples or a few more, the rest, shuffled): all rows of a prompt are on the same side. A prompt of
+    more than an eighth of n stays in training, as long as there are others."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    same_prompt: dict[str, list[int]] = {}
+    for i in order:
+        same_prompt.setdefault(prompt_key(rows[i]["prompt"]), []).append(i)
+    held_out = []
+    for own in sorted(same_prompt.values(), key=lambda own: len(own) > max(1, n // 8)):
+        held_out += own if len(held_out) < n else []
+    return [examples[i] for i in held_out], [examples[i] for i in order if i not in set(held_out)]

@@ -106,8 +106,8 @@ def save(run: Run, config) -> None:
     adapters = {name: p.detach() for name, p in policy.named_parameters() if config.lora_rank and p.requires_grad}
     with merged(policy):
         save_checkpoint(run.folder, policy, run.tokenizer, {
-            "step": run.step, "inputs": run.inputs, "minutes": (time.time() - run.started) / 60, "optimizer": run.optimizer.state_dict(),
-            "adapters": adapters,
+            "step": run.step, "inputs": run.inputs, "minutes": (time.time() - run.started) / 60,
+            "optimizer": run.optimizer.state_dict(), "adapters": adapters,
             "ref_model": run.ref_policy.state_dict() if run.ref_policy and config.ref_every else None})
 
 

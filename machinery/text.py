@@ -7,7 +7,7 @@ prompt's, are put back before rewards read the completion, and are taken off the
 import re
 
 from countdown import fill_template
-from machinery.notes import note
+from machinery.notes import check_unknown, note
 from rewards import END_THINK, THINK
 
 TINY_UNKNOWN = "<|unknown|>"  # of the tiny base's tokenizer (corpus.py), and of no other
@@ -26,8 +26,8 @@ def encode_prompts(tokenizer, prompts: list[str], style: str | list[str]) -> lis
 
 
 def encode_completions(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of what goes on where a prompt ended. Tokenizers of the SentencePiece kind put a space before a text; there
-    is none, so they read it behind a newline, which is taken off again."""
+    """Token ids of what goes on where a prompt ended. A SentencePiece tokenizer puts a space before a text; there is none,
+    so it reads the text behind a newline, which is taken off again."""
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     newline, letter, both = tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
     if both != newline + letter and both[:len(newline)] == newline:
@@ -84,10 +84,22 @@ def check_style_fits(model, tokenizer, style: str, eos_ids: set[int]) -> None:
         return
     prompt = fill_template("question", "chat", tokenizer)
     if prompt.rstrip().endswith(END_THINK):
-        note(f"the chat template of {model.source} closes the thinking in the prompt, so thinking is off: rewards read the "
-             "completion alone, and the format reward asks for a <think> block that it writes itself. Where it shall answer "
-             "directly, take --weights format=0")
+        note(f"the chat template of {model.source} closes the thinking in the prompt, so thinking is off: rewards read "
+             "the completion alone, and the format reward asks for a <think> block that it writes itself. Where it shall "
+             "answer directly, take --weights format=0")
     if prompt == fill_template("question", "chat", tokenizer, reply=False):
         note(f"the chat template of {model.source} knows no add_generation_prompt: a completion has to begin the "
              "assistant's turn by itself")
     end_of_turn(tokenizer, eos_ids)
+
+
+def check_examples(tokenizer, texts: list[tuple], examples: list[tuple], path: str) -> None:
+    """texts: (prompt, completion) a row; examples: their ids. Says what cannot teach what it should."""
+    unclosed = sum(bool(opened_thinking(prompt)) and END_THINK not in completion for prompt, completion in texts)
+    if unclosed:
+        note(f"{unclosed:,} of the {len(texts):,} completions of {path} never close the thinking that their prompt opens "
+             f"({END_THINK} is missing): they teach to answer inside it")
+    check_unknown(tokenizer, ["".join(text) for text in texts], [prompt + end for prompt, end in examples], path)
+    unknown = {tokenizer.unk_token_id}
+    if only := sum(set(prompt) == unknown or set(completion[:-1]) == unknown for prompt, completion in examples):
+        note(f"{only:,} of the {len(texts):,} rows of {path} have a prompt or a completion of unknown tokens alone")

@@ -186,10 +186,17 @@ def pointer(name):
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
 
 
-def one_level_up(directory):
-    (directory / "checkpoint-500").mkdir()
-    for path in [path for path in directory.iterdir() if path.is_file()]:
-        path.rename(directory / "checkpoint-500" / path.name)
+def moved_into(folder):
+    """What a user names is the folder above: of a training run, or of the hub's cache."""
+    def spoil(directory):
+        (directory / folder).mkdir(parents=True)
+        for path in [path for path in directory.iterdir() if path.is_file()]:
+            path.rename(directory / folder / path.name)
+    return spoil
+
+
+def old_tokenizer(directory):
+    (directory / "tokenizer.json").rename(directory / "vocab.json")
 
 
 def edited(name, **changes):
@@ -225,10 +232,14 @@ def broken_index(content):
      ("lm_head.weight as int8", "expected float32")),
     (lambda d: change(d, lambda state: state.update({"model.norm.weight": state["model.norm.weight"] * torch.nan})),
      ("model.norm.weight", "not finite (nan or inf)")),
-    (one_level_up, ("without config.json", "did you mean", "checkpoint-500?")),
+    (moved_into("checkpoint-500"), ("without config.json", "did you mean", "checkpoint-500?")),
+    (moved_into("snapshots/8faed7"), ("without config.json", "did you mean", "snapshots/8faed7?")),
+    (old_tokenizer, ("without tokenizer.json", "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")),
+    (renamed("__0_0.distcp"), ("an FSDP checkpoint", "merge-weights")),
+    (renamed("model_world_size_4_rank_0.pt"), ("a PyTorch file", "save_pretrained")),
 ), ids=("PEFT", ".bin", ".bin in parts", "GGUF", ".pth", "Flax", "TensorFlow", "LFS weights", "LFS tokenizer", "AWQ", "MLX",
         "a field of a wrong type", "broken index", "empty index", "a list", "UTF-16", "broken generation config", "int8",
-        "nan", "the folder above"))
+        "nan", "a run's folder", "the cache", "old tokenizer", "FSDP", ".pt"))
 def test_what_is_no_checkpoint_for_us_is_called_by_its_name(spoil, says, stranger, refused):
     directory = stranger()
     spoil(directory)

@@ -10,7 +10,7 @@ import preference
 import sft
 import train_countdown
 from machinery.checkpoints import end_tokens, load
-from machinery.data import check_rows, check_unchanged, fingerprint, prompt_key, read_jsonl
+from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, prompt_key, read_jsonl
 from machinery.run_folder import append_jsonl, load_checkpoint
 from machinery.tasks import find_tasks
 from machinery.text import decode
@@ -127,11 +127,11 @@ def test_rows_of_one_prompt_are_on_one_side():
     """Four rows a prompt, as rejection sampling writes them; the split is by prompt, in the order of rows as it was for
     rows that are all different."""
     rows = [{"prompt": f"{i % 50}\n" if i % 2 else f"{i % 50}", "completion": str(i)} for i in range(200)]
-    held_out, rest = sft.keep_out(rows, rows, 20, seed=0)
+    held_out, rest = keep_out(rows, rows, 20, seed=0)
     assert not {prompt_key(row["prompt"]) for row in held_out} & {prompt_key(row["prompt"]) for row in rest}
     assert 20 <= len(held_out) <= 23 and len(held_out) + len(rest) == 200
     different = [{"prompt": str(i), "completion": ""} for i in range(200)]
-    held_out, rest = sft.keep_out(different, different, 20, seed=0)
+    held_out, rest = keep_out(different, different, 20, seed=0)
     import random
     random.Random(0).shuffle(different)
     assert held_out + rest == different
@@ -140,14 +140,14 @@ def test_rows_of_one_prompt_are_on_one_side():
 def test_a_frequent_prompt_stays_in_training_as_long_as_there_are_others():
     rows = [{"prompt": "hello", "completion": str(i)} for i in range(100)] + [{"prompt": str(i)} for i in range(30)]
     for n, hello in ((16, 0), (31, 100)):
-        held_out, rest = sft.keep_out(rows, rows, n, seed=0)
+        held_out, rest = keep_out(rows, rows, n, seed=0)
         assert sum(row["prompt"] == "hello" for row in held_out) == hello
 
 
 def test_turns_of_one_conversation_are_on_one_side():
     rows = check_rows([{"messages": [{"role": "user", "content": str(i)}, REPLY, AGAIN, REPLY]} for i in range(20)], "x",
                       PAIR, "both")
-    held_out, rest = sft.keep_out(rows, rows, 8, seed=0)
+    held_out, rest = keep_out(rows, rows, 8, seed=0)
     firsts = [{row["prompt"][0]["content"] for row in side} for side in (held_out, rest)]
     assert len(rows) == 40 and len(held_out) == 8 and not firsts[0] & firsts[1]
 
@@ -232,3 +232,14 @@ def test_what_is_read_anew_is_remembered(base, monkeypatch, tmp_path, quiet_trai
     weights.write_text(weights.read_text().replace("\n", "\n\n", 1))
     with pytest.raises(ValueError, match="which is not what it was"):
         check_unchanged(state, tmp_path / "run")
+
+
+def test_pairs_that_teach_nothing_and_prompts_on_both_sides_are_counted(base, monkeypatch, tmp_path, capfd):
+    """Of reward model's pairs: a frequent prompt may stand on both sides, and then the held-out figure says so."""
+    pairs = [{"prompt": "hi\n", "chosen": "hello", "rejected": "hello" if i < 3 else "go away"} for i in range(8)]
+    append_jsonl(tmp_path / "pairs.jsonl", *pairs)
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "pairs.jsonl"), "--model", str(base), "--eval-pairs", "2",
+                                      "--out", str(tmp_path / "run")])
+    preference.main()
+    error = capfd.readouterr().err
+    assert "note: 3 of the 8 pairs of" in error and "note: 2 of the 2 held-out pairs have a prompt" in error

@@ -1,5 +1,6 @@
 """A file of questions and answers: how answers are read and compared, and what is said of a wrong row."""
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -65,3 +66,13 @@ def test_a_file_without_answers_is_for_a_reward_model(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(f'{{"question": "tell me of {i}"}}\n' for i in range(20)))
     assert Questions.read(path).WEIGHTS == {"preference": 1.0}
+
+
+def test_white_space_puts_no_question_on_both_sides(tmp_path):
+    """A hash of the words decides: the same question with another space or newline is the same question."""
+    write = tmp_path / "q.jsonl"
+    write.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for i in range(40)
+                             for text in (f"is {i} odd?", f" is  {i} odd?\n")))
+    task = Questions.read(write)
+    keys = [{task.key(row) for row in task.rows[split]} for split in ("train", "test")]
+    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 40
