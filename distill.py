@@ -32,8 +32,9 @@ import torch
 from machinery.checkpoints import check_dtype, find_directory, read_hf_config, read_tokenizer
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
-from machinery.stages import Stage, check_inputs, read_record, run_stage
-from machinery.tasks import find_tasks
+from machinery.run_folder import write_whole
+from machinery.stages import Stage, check_stages, read_record, run_stage
+from machinery.tasks import find_tasks, shares
 from model import Model
 from sft import Config as SftConfig
 from sft import check_same_tokenizer
@@ -119,6 +120,20 @@ def student_stages(config: Config) -> list[Stage]:
               f"--json {folder}/eval-{name}.json") for name, model in models.items()]
 
 
+def check_beforehand(config, n: int, model: str) -> None:
+    """Raises ValueError where the task has fewer problems than are asked for, or a model less room than a completion
+    needs: what the last stages would find out."""
+    tasks = find_tasks(config.task, config.level, "", config.style)
+    for task, own, held_out in zip(tasks, shares(tasks, n or len(tasks)), shares(tasks, config.eval_n)):
+        task.problems(own, "train", 0)
+        task.problems(held_out, "test", 0)
+    for name in filter(None, (model, config.student)):
+        context = read_hf_config(find_directory(name)).max_position_embeddings
+        if config.max_new_tokens >= context:
+            raise ValueError(f"got max_new_tokens {config.max_new_tokens} and {name} with a context of {context}; lower "
+                             "--max-new-tokens")
+
+
 def parameters(directory) -> int:
     """Of a checkpoint, by its config; tied embeddings count once."""
     with torch.device("meta"):
@@ -131,7 +146,7 @@ def compute(config: Config) -> dict[str, float]:
     student, flops = parameters(config.student), {}
     traces = 0
     if not config.data:
-        report = json.loads((folder / "student-traces.jsonl.report.json").read_text())
+        report = json.loads((folder / "student-traces.jsonl.report.json").read_text(encoding="utf-8"))
         traces = 2 * parameters(config.teacher) * sum(r["sampled_tokens"] for r in report["rounds"])
     sft_tokens = sum(row["tokens"] for row in read_jsonl(folder / "distill" / "metrics.jsonl"))
     flops["distill"] = traces + 6 * student * sft_tokens
@@ -154,7 +169,7 @@ def results(config: Config) -> dict[str, dict]:
     if config.logits:
         total["logits"] = data + minutes["logits"]
     flops = compute(config)
-    return {name: {**json.loads((folder / f"eval-{name}.json").read_text()), "minutes": value,
+    return {name: {**json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")), "minutes": value,
                    "flops": flops.get(name, 0.0)} for name, value in total.items()}
 
 
@@ -165,7 +180,8 @@ def main() -> None:
         if config.logits:  # said before an hour of work, not after it
             student, teacher = (read_tokenizer(find_directory(name)) for name in (config.student, config.teacher))
             check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
-        check_inputs(stages[1 if config.non_cot and not config.data else 0], [])
+        check_beforehand(config, 0 if config.data else config.n, "" if config.data else config.teacher)
+        check_stages(stages)
         for stage in stages:
             run_stage(Path(config.out), stage, stages, "the same command")
         table = results(config)
@@ -173,7 +189,7 @@ def main() -> None:
     for name, row in table.items():
         print(f"{name:>14}  {row['pass@1']:6.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})  "
               f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e12:7.2f}")
-    (Path(config.out) / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    write_whole(Path(config.out) / "table.json", json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from countdown import fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
+from machinery.run_folder import write_whole
 from machinery.tasks import as_dict, find_tasks
 from machinery.text import check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
@@ -207,6 +209,8 @@ def main() -> None:
         if config.json and not Path(config.json).parent.is_dir():
             raise FileNotFoundError(f"got --json {config.json}, but there is no folder {Path(config.json).parent}; "
                                     "make it first")
+        if config.json and not os.access(Path(config.json).parent, os.W_OK):
+            raise PermissionError(f"got --json {config.json}, but {Path(config.json).parent} cannot be written to")
         model, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
         check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         table, records = evaluate(model.eval(), tokenizer, config)
@@ -215,7 +219,7 @@ def main() -> None:
         print(f"{prompt}{record['completion']}\n=> {record['verdict']}\n")
     print_table(table)
     if config.json:
-        Path(config.json).write_text(json.dumps({**asdict(config), **table}, indent=2) + "\n")
+        write_whole(Path(config.json), json.dumps({**asdict(config), **table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

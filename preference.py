@@ -35,7 +35,8 @@ from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import (DTYPES, check_device, check_dtype, check_finite, end_tokens, find_directory, load,
                                    read_directory, save)
 from machinery.data import check_rows, prompt_key, read_jsonl
-from machinery.flags import bad_input_exits, broken_weights_exit, check_positive, fail, parse_config
+from machinery.flags import (bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
+                             parse_config)
 from machinery.notes import check_learning_rate, check_unknown, note
 from machinery.optimizer import MasterAdamW, clip_gradients
 from machinery.run_folder import append_jsonl, check_free, create_run, what_to_do
@@ -188,6 +189,7 @@ def agreement(reward_model, pairs: list[dict], token_budget: int) -> dict[str, f
 
 
 @broken_weights_exit()
+@disk_full_exits("make room and run it again")
 def main() -> None:
     if "--say" in sys.argv:
         return say()
@@ -221,7 +223,7 @@ def main() -> None:
                             betas=(0.9, 0.95), weight_decay=0.0)
 
     # 2. the loop: -log sigmoid(score(chosen) - score(rejected)), the mean over the step's pairs
-    order, started = [], time.time()
+    order, log, started = [], [], time.time()
     for epoch in range(config.epochs):
         order += random.Random(f"{config.seed}, {epoch}").sample(range(len(pairs)), len(pairs))
     steps = math.ceil(len(order) / config.batch_size)
@@ -240,11 +242,11 @@ def main() -> None:
         optimizer.step()
         reward_model.zero_grad()
         backbone.source = f"the reward model of {run} after step {step + 1}"
-        append_jsonl(run / "metrics.jsonl", {"step": step + 1, "loss": total, "gradient_norm": norm})
+        log.append({"step": step + 1, "loss": total, "gradient_norm": norm})
 
     # 3. what it has learnt, on pairs that it never saw
     table = agreement(reward_model, held_out, config.micro_batch_tokens)
-    append_jsonl(run / "metrics.jsonl", {"step": steps, "n": len(held_out),
+    append_jsonl(run / "metrics.jsonl", *log, {"step": steps, "n": len(held_out),
                                          **{f"eval_{name}": value for name, value in table.items()}})
     save_reward_model(reward_model, tokenizer, run / "checkpoint")
     flaws = ", ".join(f"{name} {value:.1%}" for name, value in table.items() if name not in ("all", "loss"))

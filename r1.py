@@ -26,7 +26,8 @@ from machinery.checkpoints import check_dtype
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
-from machinery.stages import Stage, disk_use, is_done, read_record, run_stage, set_aside
+from machinery.run_folder import write_whole
+from machinery.stages import Stage, check_stages, disk_use, is_done, read_record, run_stage, set_aside
 from machinery.tasks import find_tasks
 
 
@@ -68,9 +69,11 @@ class Config:
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
         if self.seed >= self.seeds:
             raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
-        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.puzzles, self.samples, self.pairs,
-               self.eval_n, self.eval_samples) < 1:
-            raise ValueError("expected seeds, steps, puzzles, samples, pairs and eval_n of at least 1")
+        if self.pairs < 8:
+            raise ValueError(f"got pairs {self.pairs}, expected at least 8: a quarter of them is kept out")
+        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.puzzles, self.samples, self.eval_n,
+               self.eval_samples) < 1:
+            raise ValueError("expected seeds, steps, puzzles, samples and eval_n of at least 1")
         if not 0 < self.general_steps <= self.rl_steps:
             raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
 
@@ -133,7 +136,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         # 5. RL on all prompts: rules for puzzles and, in the last steps, a reward model for general prompts
         Stage("pairs", f"python -m tasks.general pairs --n {config.pairs} --seed {seed} --out {folder}/pairs.jsonl"),
         Stage("preference", f"python preference.py --data {folder}/pairs.jsonl --model {base} --style {config.style} "
-              f"--seed {seed} {machine} --out {folder}/preference"),
+              f"--eval-pairs {min(512, config.pairs // 4)} --seed {seed} {machine} --out {folder}/preference"),
         Stage("rl-all", f"python train_countdown.py --model {folder}/sft/checkpoint "
               f"{distill.task_flags(config, '=3,general=1')} --mix-steps {config.general_steps} {later} {language} "
               f"{judge} --out {folder}/rl-all"),
@@ -183,7 +186,7 @@ def collect(config: Config) -> dict:
     table["minutes_of_a_seed"] = sum(table["minutes"].values())
     students = [distill.results(student_config(config, seed)) for seed in range(config.seeds)]
     for name, (label, stages) in ROWS.items():
-        seeds = [json.loads((folder / f"eval-{name}.json").read_text()) for folder in folders]
+        seeds = [json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")) for folder in folders]
         row = {"label": label, "minutes": sum(table["minutes"][stage] for stage in stages)}
         row |= {column: mean(seed[column] for seed in seeds) for column in COLUMNS if column in seeds[0]}
         row["pass@1_low"], row["pass@1_high"] = wilson_interval(row["pass@1"], config.eval_n)
@@ -192,7 +195,7 @@ def collect(config: Config) -> dict:
             row["flops"] = mean(student[name]["flops"] for student in students)
         four = [folder / f"four-{name}.json" for folder in folders]
         if four[0].exists():
-            row["four_numbers"] = mean(json.loads(path.read_text())["pass@1"] for path in four)
+            row["four_numbers"] = mean(json.loads(path.read_text(encoding="utf-8"))["pass@1"] for path in four)
         table["rows"][name] = row
     return table
 
@@ -223,6 +226,9 @@ def main() -> None:
         for flag, name in (("--only", config.only), ("--from", config.from_)):
             if name and name not in names:
                 raise ValueError(f"got {flag} {name!r}, expected a stage: {', '.join(names)}")
+        if not config.list:
+            distill.check_beforehand(config, config.puzzles, config.model)
+            check_stages([stage for stages in runs.values() for stage in stages])
         for seed, stages in runs.items():
             folder = Path(config.out) / f"seed{seed}"
             for number, stage in enumerate(stages, 1):
@@ -240,8 +246,8 @@ def main() -> None:
     if config.list or config.only or config.seed >= 0:
         return
     table, out = collect(config), Path(config.out)
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    (out / "table.md").write_text(markdown(table))
+    write_whole(out / "table.json", json.dumps(table, indent=2) + "\n")
+    write_whole(out / "table.md", markdown(table))
     plot_ladder(table, out / "ladder.png")
     plot_hacking([read_jsonl(out / f"seed{seed}" / "hacking" / "metrics.jsonl") for seed in runs], out / "hacking.png")
     print(f"\n{markdown(table)}\n{out}/table.md, table.json, ladder.png and hacking.png")

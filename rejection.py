@@ -261,7 +261,7 @@ def main() -> None:
         rng.shuffle(rows)
 
     # 3. written whole or not at all
-    report_path.write_text(json.dumps({"rows": len(rows), "minutes": (time.time() - started) / 60, "rounds": reports,
+    write_whole(report_path, json.dumps({"rows": len(rows), "minutes": (time.time() - started) / 60, "rounds": reports,
                                        "config": asdict(config)}, indent=2) + "\n")
     write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial_path.unlink()

@@ -26,7 +26,7 @@ from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, p
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
 from machinery.notes import check_learning_rate
-from machinery.optimizer import MasterAdamW, clip_gradients
+from machinery.optimizer import MasterAdamW, Muon, clip_gradients
 from machinery.run_folder import (append_jsonl, check_free, create_run, load_checkpoint, rewind_log, save_checkpoint,
                                   what_to_do)
 from machinery.text import (check_examples, check_style_fits, continue_prompt, encode_completions, encode_prompts,
@@ -162,7 +162,7 @@ def build_optimizers(model, config: Config) -> list:
     matrices = [p for name, p in model.named_parameters()
                 if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
+    return [Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
             MasterAdamW(rest, **adamw)]
 
 
@@ -217,6 +217,7 @@ def start(config: Config):
     """-> (run folder, model, tokenizer, teacher or None, examples, held-out examples, trainer state of a resumed run).
     Everything that can be wrong with the input is said here, before anything is written."""
     with bad_input_exits():
+        check_device(config.device)
         if not config.resume:
             check_free(config.out)
         state, teacher, dtype = None, None, DTYPES[config.dtype]
@@ -229,7 +230,6 @@ def start(config: Config):
             model, tokenizer = load(config.model, dtype=dtype)
         if config.context:
             set_context(model, config.context)
-        check_device(config.device)
         model.to(config.device).activation_checkpointing = config.activation_checkpointing
         if config.teacher:
             teacher, teacher_tokenizer = load(config.teacher, dtype=dtype, device=config.device)

@@ -292,7 +292,7 @@ def main() -> None:
 
     def add(rows: list[dict]) -> None:  # written after each row, so that a run that is killed leaves what it has
         report["rows"] += rows
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for row in rows:
             print(f"{row['what']} | {row['other']['name']}: {row['ratio'] or row['other']['error']}", file=sys.stderr)
 

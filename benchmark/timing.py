@@ -156,7 +156,7 @@ def time_our_steps(config, directory: Path) -> list[float]:
                           capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
     if done.returncode:
         fail(f"train_countdown.py ended with exit code {done.returncode}: {done.stderr[-500:]}")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row["tokens_per_second"] for row in rows if row["step"] > 1]
 
 

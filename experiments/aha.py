@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
-from experiments.study import (average, begin, finish, markdown, piece, run, run_stages, seed_folder, seeds_to_run,
+from experiments.study import (average, begin, finish, markdown, piece, run_stages, seed_folder, seeds_to_run,
                                text, with_interval)
 from machinery import plots
 from machinery.checkpoints import load
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

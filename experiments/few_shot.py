@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import r1
-from experiments.study import (average, begin, compared, finish, markdown, run, run_stages, seed_folder, seeds_to_run,
+from experiments.study import (average, begin, compared, finish, markdown, run_stages, seed_folder, seeds_to_run,
                                share_axis, text, with_interval)
 from machinery.plots import write_figure
 from machinery.stages import Stage
@@ -81,7 +81,7 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
 def collect(config: Config) -> dict:
     rows = {name: {} for name in MODELS}
     for name, shots in evaluations(config, 0):
-        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text()) for seed in range(config.seeds)]
+        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text(encoding="utf-8")) for seed in range(config.seeds)]
         rows[name][shots] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.n),
                              **{column: average([table[column] for table in tables]) for column in
                                 ("format", "language", "wrong_numbers", "completion_tokens", "truncated",
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -33,7 +33,7 @@ from matplotlib.ticker import PercentFormatter
 from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
 from experiments.scorer import (best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
                                 score_positions, train_scorer, vote)
-from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, run_stages,
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages,
                                sample_groups, seed_folder, seeds_to_run, share_axis, text, with_interval)
 from experiments.tree import MAX_DEPTH, START, search
 from machinery.checkpoints import load
@@ -193,7 +193,7 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
         for puzzle, own in zip(puzzles, solved):
             right = [words for words in dict.fromkeys(own) if accuracy_reward(words, *puzzle)][:4]
             rows += [{"prompt": make_prompt(puzzle), "completion": words, **puzzle._asdict()} for words in right]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         counts[name] = {"rows": len(rows), "puzzles": len({(tuple(row["numbers"]), row["target"]) for row in rows})}
     return counts
 
@@ -230,7 +230,7 @@ def collect(config: Config) -> dict:
 
     trained = {}
     for name in ("base", "plain", "mcts"):
-        tables = [json.loads((folder / f"eval-{name}.json").read_text()) for folder in folders]
+        tables = [json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")) for folder in folders]
         trained[name] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.eval_n),
                          "completion_tokens": average([table["completion_tokens"] for table in tables]),
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
@@ -367,4 +367,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

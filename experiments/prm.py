@@ -32,7 +32,7 @@ import train_countdown
 from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
 from experiments.scorer import best, choose_from_n, held_out_puzzles, mean_curves, reliability, train_scorer, vote
-from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run, sample_groups,
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, sample_groups,
                                seed_folder, seeds_to_run, share_axis, text, with_interval)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
@@ -310,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -8,10 +8,8 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
     OUT/NAME.json, .png, .md   results of all seeds; the ones that we ran are in experiments/results/
 """
 
-import fcntl
 import json
 import re
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,19 +23,10 @@ from evaluate import wilson_interval
 from machinery.data import fingerprint
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
-from machinery.stages import Stage, run_stage
+from machinery.stages import Stage, check_stages, run_stage
 from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
-
-
-def run(main) -> None:
-    """main(), and one line instead of a traceback after Ctrl-C."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is not done yet", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def begin(config_class, doc: str, quick: dict):
@@ -57,7 +46,7 @@ def begin(config_class, doc: str, quick: dict):
         settings |= {f"{name} weights": fingerprint(value) for name, value in settings.items()
                      if isinstance(value, str) and Path(value).is_dir()}
         path = Path(config.out) / "config.json"
-        if path.exists() and (held := json.loads(path.read_text())) != settings:
+        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
             differ = [name for name in held | settings if held.get(name) != settings.get(name)]
             raise ValueError(f"got {config.out}, which holds this study with other settings ({', '.join(differ)}); "
                              "expected the same, or another --out")
@@ -88,14 +77,30 @@ def piece(folder: Path, name: str, make=None):
         started = time.time()
         result = make()
         write_json(path, {"minutes": (time.time() - started) / 60, "result": result})
-    return json.loads(path.read_text())["result"]
+    return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+def wait_for(file) -> None:
+    """Until no other process holds this open file; it lets go when it is closed, or dies."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except ImportError:  # Windows
+        import msvcrt
+        while True:
+            try:
+                return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            except OSError:  # it gives up after ten seconds
+                pass
 
 
 def run_stages(folder: Path, stages: list[Stage], go_on: str) -> None:
     """One process at a time in a folder: a second terminal waits here for the base that both need."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with bad_input_exits():
+        check_stages(stages)
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        wait_for(lock)
         for stage in tqdm(stages, desc=str(folder), unit="stage"):
             run_stage(folder, stage, stages, go_on)
 
@@ -115,7 +120,7 @@ def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str,
 
 def minutes(folder: Path) -> float:
     """Of all stages and pieces in a seed's folder."""
-    records = [json.loads(path.read_text()) for path in (*folder.glob("*.json"), *folder.glob("stages/*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (*folder.glob("*.json"), *folder.glob("stages/*.json"))]
     return sum(record.get("minutes", 0.0) for record in records)
 
 
@@ -188,6 +193,6 @@ def finish(config, name: str, results: dict, draw, table, verdict) -> None:
     write_json(folder / f"{name}.json", record)
     draw(record, folder / f"{name}.png")
     words = f"{verdict(record)}\n\n{table(record)}\n"
-    (folder / f"{name}.md").write_text(words)
+    write_whole(folder / f"{name}.md", words)
     print(f"\n{words}\n{folder / name}.json, .png and .md; minutes: {record['minutes']}"
           + " (--quick: the numbers mean nothing)" * config.quick)

@@ -10,15 +10,19 @@ import errno
 import json
 import os
 import shutil
+import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from machinery.data import beside_scripts
 from machinery.notes import note
 from machinery.text import decode
 from model import FAMILIES, Model, rotary_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SLOW = 3  # times: bf16 halves memory, and whoever needs that may pay as much
 # token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
 PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
 RESAVED = ("transformers' AutoModelForCausalLM.from_pretrained({0}).save_pretrained(OUT), and the same of AutoTokenizer, "
@@ -49,6 +53,9 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
     by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend."""
     check_device(device)
+    if dtype == torch.bfloat16 and str(device) == "cpu" and (times := slower_in_bf16()) > SLOW:
+        note(f"this CPU computes bfloat16 {times:.0f} times slower than float32 (measured just now): take --dtype float32, "
+             "unless memory is what it lacks")
     directory = find_directory(path_or_id)
     hf_config, generation_config, tokenizer, state = read_directory(directory)
     if hf_config.tie_word_embeddings:
@@ -64,7 +71,8 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
         if state[name].shape != parameter.shape:
             raise ValueError(f"got {name} of shape {tuple(state[name].shape)} in {directory}, "
                              f"expected {tuple(parameter.shape)} by its config")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    # a copy: on Windows and NFS a file whose tensors are in use, as they were read from it, cannot be replaced
+    model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
     if model.config.tied_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
     model.cos, model.sin = rotary_tables(model.config)  # buffers are computed, not stored
@@ -100,7 +108,8 @@ def save(model: Model, tokenizer, directory, state: dict | None = None) -> None:
     hf_config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     if model.generation_config:
-        (staging / "generation_config.json").write_text(json.dumps(model.generation_config, indent=2) + "\n")
+        text = json.dumps(model.generation_config, indent=2) + "\n"
+        (staging / "generation_config.json").write_text(text, encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()
              if "lora_" not in name}
     if model.config.tied_embeddings:
@@ -129,8 +138,29 @@ def check_dtype(name: str) -> None:
 
 
 def check_device(device) -> None:
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
+    kind, colon, number = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or colon and not number.isdecimal():
+        mps = " (MPS has no float64, which sampling needs, and no Mac's GPU has run this)" * (kind == "mps")
+        raise ValueError(f"got device {str(device)!r}, expected cpu or cuda, or one of several as cuda:1{mps}; "
+                         "use --device cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"got device {device!r}, but this PyTorch sees no CUDA GPU; use --device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"got device {device!r}, but this PyTorch sees {torch.cuda.device_count()} GPUs, from cuda:0 on")
+
+
+@lru_cache
+def slower_in_bf16(size: int = 384) -> float:
+    """Time of a matrix product in bfloat16 over that in float32: below 1 with bf16 units, tens without."""
+    seconds = {}
+    for dtype in DTYPES.values():
+        x = torch.ones(size, size, dtype=dtype)
+        x @ x  # the first call loads the kernel
+        started = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - started
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def check_finite(values, source: str, what: str = "log-probs") -> None:
@@ -142,7 +172,7 @@ def check_finite(values, source: str, what: str = "log-probs") -> None:
 
 # ----------------------------------------------------------------------------------------------------------- one by one
 def find_directory(path_or_id) -> Path:
-    directory = Path(path_or_id)
+    directory = beside_scripts(path_or_id)
     if directory.is_dir():
         return directory
     if directory.is_file():

@@ -52,9 +52,15 @@ def read_jsonl(path) -> list[dict]:
     return rows
 
 
+def beside_scripts(path) -> Path:
+    """The path; what is not there, as models/tiny-base in another folder than this repository, beside the scripts."""
+    path, here = Path(path), Path(__file__).resolve().parent.parent
+    return here / path if not path.exists() and path.parts[:1] == ("models",) else path
+
+
 def fingerprint(path) -> str:
     """SHA-256 of a file, of a model directory's weights and config, or of a run's checkpoint; "" if it is not there."""
-    path = Path(path)
+    path = beside_scripts(path)
     if path.is_dir():
         directory = path / "checkpoint" if (path / "checkpoint").exists() else path
         files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import inspect
+import os
 import re
 import signal
 import sys
@@ -122,6 +123,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
+        if self.requested:
+            os._exit(130)
         self.requested = True
-        signal.signal(number, signal.SIG_DFL)
         print("\nstopping after this step; press Ctrl-C again to stop at once and lose it", file=sys.stderr)

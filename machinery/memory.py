@@ -9,7 +9,9 @@ cache) and training (gradients, activations, a chunk of logits).
 Letters as in model.py; I is the width inside the MLP, N the parameters.
 """
 
+import ctypes
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 
@@ -72,7 +74,18 @@ def available(device: str) -> float:
     """Bytes of the device that a run may use."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory * (1 - SPARE)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - SPARE)
+    return machine_memory() * (1 - SPARE)
+
+
+def machine_memory() -> float:
+    """Bytes of RAM, on Linux, macOS and Windows; infinite where nobody says."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
+        kilobytes = ctypes.c_ulonglong()
+        kernel = getattr(getattr(ctypes, "windll", None), "kernel32", None)
+        known = kernel and kernel.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return kilobytes.value * 1024 if known else math.inf
 
 
 MEMORY_ONLY = ("micro_batch_tokens", "slots", "activation_checkpointing")  # no other result depends on these

@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 from matplotlib.ticker import LogLocator, PercentFormatter  # noqa: E402
 
+from machinery.data import read_jsonl  # noqa: E402
 from machinery.tasks import find_tasks  # noqa: E402
 
 PANELS = (  # title, metric of the training completions, held-out metric or None, share (drawn from 0 to 1) or not
@@ -35,7 +36,7 @@ def read_metrics(run) -> list[dict]:
     path = Path(run) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"got {run} without metrics.jsonl; expected the folder of a reinforcement learning run")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_jsonl(path)
     if not any("eval_pass@1" in row for row in rows):
         raise ValueError(f"got {path} without eval_pass@1; expected the log of train_countdown.py")
     return rows
@@ -45,7 +46,7 @@ def panels_of(run) -> tuple:
     """PANELS, and one for each reward part that they lack and for each other task of the run."""
     more = []
     try:
-        config = json.loads((Path(run) / "config.json").read_text())
+        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
         tasks = find_tasks(config["task"], config["level"], config["weights"], config["style"], config["eval_task"])
     except (OSError, KeyError, ValueError):  # an older run, or the task's file has moved
         return PANELS

@@ -26,17 +26,22 @@ def create_run(out: str, config) -> Path:
     check_free(run)
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_whole(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return run
 
 
 def check_free(out) -> None:
-    """Raises FileExistsError where a run folder, or anything else, is in the way; all ranks."""
-    run, began = Path(out), Path(out) / "config.json"  # all there is of a run that ended before its first checkpoint
+    """Raises FileExistsError where a run folder, or anything else, is in the way, and PermissionError where none can be
+    made; all ranks."""
+    run, began = Path(out), Path(out) / "config.json"  # all there is of a run that ended before its first step
     empty = run.exists() and list(run.iterdir()) == [began] and b'"out": ' in began.read_bytes()
     if any_rank(run.exists() and not empty and any(run.iterdir())):
-        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, "
-                              f"or continue it with --resume {run}")
+        go_on = f"continue it with --resume {run}" if saved_checkpoint(run) else (
+            "delete it: it has no checkpoint to go on from")
+        raise FileExistsError(f"got output folder {run}, which already holds a run; name a new one with --out, or {go_on}")
+    above = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if any_rank(not os.access(above, os.W_OK)):
+        raise PermissionError(f"got output folder {run}, but {above} cannot be written to; name another one with --out")
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:

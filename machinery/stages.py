@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from machinery.data import fingerprint
-from machinery.flags import fail
+from machinery.flags import fail, parse_config
 from machinery.run_folder import saved_checkpoint, write_whole
 
 INPUT_FLAGS = ("--model", "--data", "--preference", "--non-cot", "--teacher")  # what they name is an input
@@ -75,7 +75,7 @@ class Stage:
 
 def read_record(folder: Path, stage: Stage) -> dict:
     try:
-        return json.loads((folder / "stages" / f"{stage.name}.json").read_text())
+        return json.loads((folder / "stages" / f"{stage.name}.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
@@ -99,10 +99,10 @@ def is_done(folder: Path, stage: Stage) -> bool:
         record, beginning(stage))
 
 
-def check_inputs(stage: Stage, stages: list[Stage]) -> None:
-    """Raises FileNotFoundError with the command that makes what is missing."""
+def check_inputs(stage: Stage, stages: list[Stage], made: set[str] = frozenset()) -> None:
+    """Raises FileNotFoundError with the command that makes what is missing. made: what will be there in time."""
     for name in stage.inputs:
-        if fingerprint(name):
+        if name in made or fingerprint(name):
             continue
         maker = next((other for other in stages if name in (str(other.out), str(other.out / "checkpoint"))), None)
         if maker:
@@ -110,6 +110,18 @@ def check_inputs(stage: Stage, stages: list[Stage]) -> None:
                                     f"{maker.short_command}")
         if name.endswith((".jsonl", "/checkpoint")):  # anything else may be a hub id
             raise FileNotFoundError(f"got stage {stage.name} without its input {name}; is it spelt right?")
+
+
+def check_stages(stages: list[Stage]) -> None:
+    """What can be known of all of them before the first one runs: flags that a script refuses, inputs that are not there
+    and that no earlier stage makes."""
+    made = set()
+    for stage in stages:
+        config = getattr(importlib.import_module(stage.script), "Config", None)
+        if config:
+            parse_config(config, f"stage {stage.name}", [*stage.flags, *stage.words[-2:]])
+        check_inputs(stage, [], made)
+        made |= {str(stage.out), str(stage.out / "checkpoint")}
 
 
 def set_aside(path: Path) -> None:

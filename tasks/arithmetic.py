@@ -17,8 +17,8 @@ from tasks.questions import check_answer
 ALL = ("{}+{}", "{}*{}", "{}+{}*{}", "{}*{}+{}", "{}+{}+{}")
 LEVELS = {  # shapes, digits of the first number, digits of the others
     "sums": (ALL[:1], 2, 1),  # 34+5: the tiny base is right about four in ten, by heart
-    "two-digit-sums": (ALL[:1], 2, 2),  # 34+58
     "one-digit": (ALL, 1, 1),
+    "two-digit-sums": (ALL[:1], 2, 2),  # 34+58
     "two-digits": (ALL, 2, 2),
     "three-digits": (ALL, 3, 3),
     "four-digits": (ALL, 4, 4),
