@@ -22,6 +22,7 @@ completion token read or written, 6 where it is trained on; the teacher's writin
 Each stage is skipped when it is done (machinery/stages.py), so an interrupted comparison goes on with the same command.
 """
 
+import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import json
 import shlex
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from machinery.checkpoints import check_dtype, find_directory, read_hf_config, read_tokenizer
+from machinery.checkpoints import check_device, check_dtype, find_directory, read_hf_config, read_tokenizer
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
@@ -177,6 +178,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     stages = student_stages(config)
     with bad_input_exits():
+        check_device(config.device)
         if config.logits:  # said before an hour of work, not after it
             student, teacher = (read_tokenizer(find_directory(name)) for name in (config.student, config.teacher))
             check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))

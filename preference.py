@@ -17,6 +17,7 @@ score for too long is in docs/r1.md: the score goes on rising when the replies n
 Shapes: B replies, T tokens, D width.
 """
 
+import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import math
 import random
 import re

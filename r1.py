@@ -15,6 +15,7 @@ A stage that is done is skipped (machinery/stages.py says what done means), so a
 the same command goes on where it has to. You end with runs/r1/table.md, table.json and ladder.png: what each stage changed.
 """
 
+import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import json
 import shlex
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import distill
 from evaluate import mean, wilson_interval
-from machinery.checkpoints import check_dtype
+from machinery.checkpoints import check_device, check_dtype
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
@@ -227,6 +228,7 @@ def main() -> None:
             if name and name not in names:
                 raise ValueError(f"got {flag} {name!r}, expected a stage: {', '.join(names)}")
         if not config.list:
+            check_device(config.device)
             distill.check_beforehand(config, config.puzzles, config.model)
             check_stages([stage for stages in runs.values() for stage in stages])
         for seed, stages in runs.items():

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
+from machinery.checkpoints import (DTYPES, check_device, check_dtype, end_tokens, find_directory, load,
+                                   read_hf_config)
 from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
 from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
@@ -35,6 +36,7 @@ from machinery.tasks import as_dict, find_tasks, shares
 from machinery.text import check_style_fits, encode_prompts
 from rewards import ONLY_IN, chain_of_thought, language_reward
 from sampling import Completion, complete
+from sft import Config as SftConfig
 
 CHUNK = 2048  # completions that are sampled, filtered and written down together
 
@@ -74,6 +76,8 @@ class Config:
                        "per_puzzle", "rounds", "slots")
         if self.language not in ONLY_IN:
             raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
+        if self.rounds > 1:  # else it would be said after a round of sampling
+            parse_config(SftConfig, "", self.sft_flags.split())
         if not 0 < self.top_p <= 1 or not 0 < self.non_cot_share < 1 or self.limit < 0:
             raise ValueError("expected top_p within (0, 1], non_cot_share within (0, 1) and a limit of at least 0")
 
@@ -225,6 +229,9 @@ def main() -> None:
             raise ValueError(f"got {len(non_cot)} rows in {config.non_cot}, expected {wanted}: a share of "
                              f"{config.non_cot_share} beside up to {most} rows with thinking; write more "
                              "(python -m tasks.general replies), or lower --n, --per-puzzle, --limit or --non-cot-share")
+        if config.rounds > 1:
+            read_hf_config(find_directory(config.base))
+        check_device(config.device)
         out.parent.mkdir(parents=True, exist_ok=True)
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it

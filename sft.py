@@ -10,6 +10,7 @@ like length, so that little is padding and no document sees another.
 You see the training loss fall and, every --eval-every steps, the loss on rows that were kept out.
 """
 
+import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import math
 import random
 import time

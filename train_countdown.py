@@ -29,6 +29,7 @@ begins with all_ is everybody's, and "all ranks" means that every process has to
 machinery/rl_run.py.
 """
 
+import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import math
 import random
 import time

@@ -16,6 +16,8 @@ import train_countdown
 from machinery import plots, stages
 from machinery.data import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(r1.__file__).parent
 SMALL = ("--zero-steps", 1, "--rl-steps", 2, "--general-steps", 1, "--hacking-steps", 1, "--puzzles", 60, "--samples", 4,
          "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags", "--batch-size 16 --group-size 8", "--max-new-tokens", 160)

@@ -34,6 +34,8 @@ from machinery import checkpoints as directories, run_folder
 from machinery.data import read_jsonl
 from rewards import extract_answer, verify
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 # 3 groups of 4: of two processes one takes a group and the other takes two

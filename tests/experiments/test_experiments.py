@@ -335,6 +335,7 @@ def run(study_name, *flags):
                 signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys):
     run(name, "--quick", "--out", tmp_path / "out")

@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT))  # the two processes know nothing of conftest.py
 from machinery import distributed as d
 from model import Model, init_weights
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (12, 5, 9, 7, 4)  # rank 0 takes the first 2 sequences, rank 1 the other 3: different tokens, different passes
 TOKENS = sum(length - 1 for length in LENGTHS)
 ROWS = [torch.randint(4, 255, (1, length), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
