@@ -195,7 +195,6 @@ def fill_template(question: str | list, style: str = "tiny", tokenizer=None, exa
                  for example, text in examples]
         return "".join(shots) + BASE_TEMPLATE.format(question=question)
     if style == "chat" or isinstance(question, list):
-        from jinja2 import TemplateError  # comes with transformers
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("got style 'chat' or a conversation with a tokenizer that has no chat template; "
                              "use style 'base' or a chat checkpoint")
@@ -204,10 +203,10 @@ def fill_template(question: str | list, style: str = "tiny", tokenizer=None, exa
         messages += [{"role": "user", "content": question.strip()}] if isinstance(question, str) else question
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, of somebody else
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"got a conversation ({roles}) that the chat template refuses ({error}); expected one that it "
-                             "takes") from None
+            raise ValueError(f"got a conversation ({roles}) that the chat template refuses ({error or type(error).__name__}); "
+                             "expected one that it takes") from None
     raise ValueError(f"got prompt style {style!r}, expected tiny, base or chat")
 
 

@@ -60,9 +60,9 @@ class Config:
         if min(self.samples, self.max_new_tokens, self.slots) < 1 or min(self.n, self.shots) < 0:
             raise ValueError("expected samples, max_new_tokens and slots of at least 1, n and shots of at least 0")
         check_dtype(self.dtype)
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature == 0 or self.temperature >= 0.01) or not 0 < self.top_p <= 1:
             raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, "
-                             "expected at least 0 and within (0, 1]")
+                             "expected at least 0.01, or 0 for greedy, and within (0, 1]")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"got samples {self.samples} at temperature 0, where all samples are the same; "
                              "use --samples 1")

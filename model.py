@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+LONGEST = 2 ** 24  # tokens of context: their rotary angles are a table
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,23 @@ def read_config(hf_config) -> ModelConfig:
     if rope["rope_type"] not in ("default", "llama3"):
         raise ValueError(f"got rope_type {rope['rope_type']!r}, expected default or llama3; "
                          "use a checkpoint without it")
+    if getattr(hf_config, "original_max_position_embeddings", None):  # where it stands twice, this one counts
+        rope["original_max_position_embeddings"] = hf_config.original_max_position_embeddings
     for name, expected in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False),
-                           ("attention_bias", family == "qwen2")):
+                           ("attention_bias", False), ("is_causal", True)):
+        if name == "attention_bias" and family == "qwen2":
+            continue  # it always has biases
         if getattr(hf_config, name, expected) != expected:
             raise ValueError(f"got {name}={getattr(hf_config, name)!r} in a {family} config, expected {expected!r}")
+    heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    sizes = (hf_config.vocab_size, hf_config.hidden_size, hf_config.num_hidden_layers, hf_config.intermediate_size, heads,
+             kv_heads, hf_config.max_position_embeddings)
+    if min(sizes) < 1 or heads % kv_heads or hf_config.max_position_embeddings > LONGEST:
+        raise ValueError(f"got vocab_size, hidden_size, num_hidden_layers, intermediate_size, num_attention_heads, "
+                         f"num_key_value_heads, max_position_embeddings of {sizes}, expected at least 1 each, heads that "
+                         f"the key/value heads divide, and at most {LONGEST:,} positions")
+    if not all(isinstance(value, (int, float)) for name, value in rope.items() if name != "rope_type"):
+        raise ValueError(f"got rope parameters {rope}, expected numbers")
     return ModelConfig(
         vocab_size=hf_config.vocab_size, hidden_size=hf_config.hidden_size, num_layers=hf_config.num_hidden_layers,
         num_heads=hf_config.num_attention_heads, num_kv_heads=hf_config.num_key_value_heads,

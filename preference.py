@@ -34,14 +34,14 @@ from tqdm import tqdm
 from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import (DTYPES, check_device, check_dtype, check_finite, end_tokens, find_directory, load,
-                                   read_directory, save)
-from machinery.data import check_rows, prompt_key, read_jsonl
+                                   read_directory, save, short)
+from machinery.data import check_rows, read_jsonl
 from machinery.flags import (bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
 from machinery.notes import check_learning_rate, check_unknown, note
 from machinery.optimizer import MasterAdamW, clip_gradients
 from machinery.run_folder import append_jsonl, check_free, create_run, what_to_do
-from machinery.text import check_style_fits, encode_completions, encode_prompts
+from machinery.text import check_style_fits, encode_completions, encode_prompts, prompt_key
 from model import Model
 from rewards import END_THINK, THINK
 
@@ -100,8 +100,12 @@ def load_reward_model(directory, *, dtype=torch.float32, device="cpu"):
                          "python preference.py --data PAIRS.jsonl makes one")
     reward_model = RewardModel(Model(hf_config))
     reward_model.backbone.source, reward_model.backbone.generation_config = str(directory), generation_config
-    reward_model.score.load_state_dict({"weight": state.pop("score.weight")})
-    missing, unexpected = reward_model.backbone.load_state_dict(state, strict=False)
+    try:
+        reward_model.score.load_state_dict({"weight": state.pop("score.weight")})
+        missing, unexpected = reward_model.backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"got {directory}, whose tensors have other shapes than a reward model with one score of this "
+                         f"config ({short(error)})") from None
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"got weights in {directory} that do not fit its config: missing {missing[:3]}, "
                          f"unexpected {unexpected[:3]}")
@@ -158,15 +162,19 @@ def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[
     styles = ["chat" if isinstance(pair["prompt"], list) else style for pair in pairs]
     chosen, rejected = (rows_to_score(tokenizer, prompts, [pair[name] for pair in pairs], styles)
                         for name in ("chosen", "rejected"))
-    check_unknown(tokenizer, prompts + [pair["chosen"] for pair in pairs], chosen, path)
+    read = [prompt + final_reply(pair["chosen"]) for prompt, pair in zip(prompts, pairs)]
+    check_unknown(tokenizer, read, chosen, path)
     if same := sum(c == r for c, r in zip(chosen, rejected)):
         note(f"{same:,} of the {len(pairs):,} pairs of {path} have the same reply on both sides: they teach nothing")
     for number, rows in enumerate(zip(chosen, rejected), 1):
         if max(map(len, rows)) > context:
             raise ValueError(f"got {path}, line {number} of {max(map(len, rows))} tokens, more than the model's "
                              f"context of {context}; leave it out")
-    return [{"flaw": pair.get("flaw", "all"), "prompt": pair["prompt"], "chosen": c, "rejected": r}
-            for pair, c, r in zip(pairs, chosen, rejected)]
+    flaws = [str(pair.get("flaw") or "all") for pair in pairs]
+    if reserved := {"loss"} & set(flaws):
+        raise ValueError(f"got {path} with a flaw called {reserved.pop()!r}, which is a column of the report; rename it")
+    return [{"flaw": flaw, "key": prompt_key(pair["prompt"], style, tokenizer), "chosen": c, "rejected": r}
+            for pair, flaw, c, r in zip(pairs, flaws, chosen, rejected)]
 
 
 def margins(reward_model, pairs: list[dict], token_budget: int):
@@ -206,8 +214,8 @@ def main() -> None:
         if not pairs or not held_out:
             raise ValueError(f"got {len(held_out) + len(pairs)} pairs in {config.data}, of which --eval-pairs "
                              f"{config.eval_pairs} are kept out; expected at least one on each side")
-        trained = {prompt_key(pair["prompt"]) for pair in pairs}
-        if seen := sum(prompt_key(pair["prompt"]) in trained for pair in held_out):
+        trained = {pair["key"] for pair in pairs}
+        if seen := sum(pair["key"] in trained for pair in held_out):
             note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too: what is "
                  "measured there is new replies, not new prompts")
         check_style_fits(backbone, tokenizer, config.style, end_tokens(backbone, tokenizer))
@@ -238,7 +246,7 @@ def main() -> None:
         norm = clip_gradients(optimizer.gradients(), config.clip_norm)
         if not math.isfinite(norm):
             fail(f"got a gradient norm of {norm} at step {step + 1} from {backbone.source}, expected a finite one"
-                 f"{what_to_do(run, step)}")
+                 f"{what_to_do(run, step, config.model)}")
         optimizer.set_learning_rate(config.learning_rate * min((step + 1) / 10, 1 - step / steps))
         optimizer.step()
         reward_model.zero_grad()
@@ -258,6 +266,8 @@ def main() -> None:
 def say() -> None:
     """--say PROMPT REPLY...: each reply with its score."""
     at = sys.argv.index("--say")
+    if len(sys.argv) < at + 3:
+        fail("got --say without a prompt and a reply, expected --say PROMPT REPLY...")
     prompt, replies = sys.argv[at + 1], sys.argv[at + 2:]
     config = parse_config(Config, __doc__, sys.argv[1:at])
     with bad_input_exits():

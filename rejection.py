@@ -232,12 +232,12 @@ def main() -> None:
         if config.rounds > 1:
             read_hf_config(find_directory(config.base))
         check_device(config.device)
-        out.parent.mkdir(parents=True, exist_ok=True)
 
         # 1. rounds: sample, filter, add to the dataset; between rounds the base is fine-tuned on it
         rows, reports, source, started = [], [], config.model, time.time()
         model, tokenizer = load(source, dtype=DTYPES[config.dtype], device=config.device)
         check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
+        out.parent.mkdir(parents=True, exist_ok=True)
         partial_path = Path(f"{out}.partial")  # what is sampled so far; after a kill the same command goes on there
         tasks = [task.spec for task in find_tasks(config.task, config.level, config.weights, config.style)]
         known = read_partial(partial_path, {**asdict(config), "inputs": [fingerprint(path)

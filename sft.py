@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
-from machinery.checkpoints import DTYPES, check_device, check_dtype, check_finite, end_tokens, load
-from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, prompt_key, read_jsonl
+from machinery.checkpoints import DTYPES, check_device, check_dtype, check_finite, end_tokens, generate_ends, load
+from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, read_jsonl
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
 from machinery.notes import check_learning_rate
@@ -31,7 +31,7 @@ from machinery.optimizer import MasterAdamW, Muon, clip_gradients
 from machinery.run_folder import (append_jsonl, check_free, create_run, load_checkpoint, rewind_log, save_checkpoint,
                                   what_to_do)
 from machinery.text import (check_examples, check_style_fits, continue_prompt, encode_completions, encode_prompts,
-                            end_of_turn)
+                            end_of_text, end_of_turn, prompt_key)
 from model import Model, init_weights, set_context
 
 
@@ -111,15 +111,20 @@ def new_model(name: str, seed: int):
 def tokenize(rows: list[dict], tokenizer, path: str, style: str = "tiny",
              eos_ids: set[int] = frozenset()) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids with EOS) a row; prompts are questions, which the style's template takes, or
-    conversations, which the chat template takes. eos_ids: where sampling stops; a reply of a chat ends as its template
-    ends it, if that is one of them. Raises ValueError with the line number where a field is missing."""
+    conversations, which the chat template takes. eos_ids: where generate() stops; a reply of a chat ends as its template
+    ends it, if that is one of them. Raises ValueError with the row where a field is missing or the template refuses it."""
     rows = check_rows(rows, path, ("prompt", "completion"), "both")
     styles = ["chat" if isinstance(row["prompt"], list) else style for row in rows]
-    ends = {name: end_of_turn(tokenizer, eos_ids) if name == "chat" else tokenizer.eos_token_id for name in set(styles)}
+    ends = {name: (end_of_turn if name == "chat" else end_of_text)(tokenizer, eos_ids) for name in set(styles)}
     texts, examples = [], []
     for start in tqdm(range(0, len(rows), 4096), desc=f"reading {path}", delay=2, leave=False):
         chunk, own = rows[start:start + 4096], styles[start:start + 4096]
-        prompts = [fill_template(row["prompt"], style, tokenizer) for row in chunk]
+        prompts = []
+        for number, row in enumerate(chunk, start + 1):
+            try:
+                prompts.append(fill_template(row["prompt"], style, tokenizer))
+            except ValueError as error:
+                raise ValueError(f"got {path}, row {number}: {error}") from None
         completions = [continue_prompt(prompt, row["completion"]) for prompt, row in zip(prompts, chunk)]
         texts += zip(prompts, completions)
         ids = zip(encode_prompts(tokenizer, prompts, own), encode_completions(tokenizer, completions))
@@ -236,19 +241,22 @@ def start(config: Config):
             teacher, teacher_tokenizer = load(config.teacher, dtype=dtype, device=config.device)
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
         rows = check_rows(read_jsonl(config.data), config.data, ("prompt", "completion"), "both")
-        examples = tokenize(rows, tokenizer, config.data, config.style, eos_ids := end_tokens(model, tokenizer))
+        examples = tokenize(rows, tokenizer, config.data, config.style, generate_ends(model))
         longest = max((len(prompt) + len(completion) for prompt, completion in examples), default=0)
-        if longest > model.config.context:
+        if not all(prompt for prompt, _ in examples):
+            raise ValueError(f"got {config.data}, row {[not prompt for prompt, _ in examples].index(True) + 1}, with a prompt "
+                             "of no token, expected at least one to go on from")
+        if longest > (context := min(m.config.context for m in (model, teacher) if m)):
             row = [len(prompt) + len(completion) for prompt, completion in examples].index(longest) + 1
             raise ValueError(f"got a row of {longest} tokens in {config.data}, row {row}, more than the model's "
-                             f"context of {model.config.context}; leave it out, or make room with --context")
-        held_out, examples = keep_out(rows, examples, config.eval_rows, config.seed)
+                             f"context of {context}; leave it out, or make room with --context")
+        keys = [prompt_key(row["prompt"], config.style, tokenizer) for row in rows]
+        held_out, examples = keep_out(keys, examples, config.eval_rows, config.seed)
         if not examples or not held_out:
-            prompts = len({prompt_key(row["prompt"]) for row in rows})
-            raise ValueError(f"got {len(rows)} rows of {prompts} different prompts in {config.data}, of which "
+            raise ValueError(f"got {len(rows)} rows of {len(set(keys))} different prompts in {config.data}, of which "
                              f"--eval-rows {config.eval_rows} are kept out; expected at least one on each side, and all "
                              "rows of a prompt on the same one")
-        check_style_fits(model, tokenizer, config.style, eos_ids)
+        check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         check_learning_rate(model, config.learning_rate, 2e-4)
         run = Path(config.resume) if config.resume else create_run(config.out, config)
         if state:
@@ -294,9 +302,9 @@ def main() -> None:
         if not math.isfinite(norm):
             if math.isfinite(total) and step:  # else the weights are broken, and the last checkpoint is the good one
                 save()
-            names = " or of its teacher" * bool(teacher)
+            names = f" or its teacher {config.teacher}" * bool(teacher)
             fail(f"got a loss of {total / tokens:g} and a gradient norm of {norm:g} at step {step + 1} from "
-                 f"{model.source}{names}, expected finite ones{what_to_do(run, step)}")
+                 f"{model.source}{names}, expected finite ones{what_to_do(run, step, config.model)}")
         model.zero_grad()
         step, tokens_seen = step + 1, tokens_seen + tokens
         model.source = f"the model of {run} after step {step}"

@@ -236,9 +236,14 @@ def start(config: Config):
         # and of the train prompts a sample of 20 steps
         prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in
                     draw_problems(tasks, config.batch_size // config.group_size, random.Random(seed))]
+        prompts += [task.prompt(problem, config.style, run.tokenizer) for task in tasks
+                    for problem in getattr(task.seam, "rows", {}).get("train", ())]  # of a file: all
         if any("preference" in task.weights for task in tasks):
-            judge = partial(preference_scores, *load_reward_model(config.preference, dtype=DTYPES[config.dtype],
-                                                                  device=run.device), style=config.style)
+            reward_model, its_tokenizer = load_reward_model(config.preference, dtype=DTYPES[config.dtype], device=run.device)
+            if config.style == "chat" and its_tokenizer.chat_template != run.tokenizer.chat_template:
+                raise ValueError(f"got {config.preference} with another chat template than {config.model}, whose prompts it "
+                                 "would read; expected the same: train it with preference.py --model on the same family")
+            judge = partial(preference_scores, reward_model, its_tokenizer, style=config.style)
         longest = max(map(len, encode_prompts(run.tokenizer, prompts, config.style)))
         if longest + config.max_new_tokens > run.policy.config.context:
             raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "

@@ -95,8 +95,9 @@ def teacher_kl(model, teacher, input_ids, mask):
 
     def head(lm_head, hidden):  # hidden (B, T-1, D)
         def chunk_kl(h, t):
-            log_p = lm_head(h).float().log_softmax(-1)  # (N, V)
-            log_q = teacher.lm_head(t).float().log_softmax(-1).detach()
+            logits, theirs = lm_head(h).float(), teacher.lm_head(t).float().detach()
+            V = min(logits.shape[-1], theirs.shape[-1])  # rows behind the last token pad the larger embedding
+            log_p, log_q = logits[:, :V].log_softmax(-1), theirs[:, :V].log_softmax(-1)  # (N, V)
             return (log_q.exp() * (log_q - log_p)).sum(-1)
         chunk = max(1, LOGITS_AT_ONCE // lm_head.out_features)
         parts = [checkpoint(chunk_kl, h, t, use_reentrant=False)

@@ -8,6 +8,7 @@ what was tried and what is refused.
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from machinery.data import beside_scripts
+from machinery.data import READ, beside_scripts
 from machinery.notes import note
 from machinery.text import decode
 from model import FAMILIES, Model, rotary_tables
@@ -40,6 +41,7 @@ OTHER_FORMATS = {  # files in place of model.safetensors: what they are, and wha
     "*.distcp": ("an FSDP checkpoint in shards", "accelerate merge-weights puts it together"),
     "*.pt": ("a PyTorch file", "load it in the program that wrote it, and save_pretrained from there"),
 }
+WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "base_model.": "PEFT"}
 
 
 class BrokenWeights(ValueError):
@@ -64,9 +66,11 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
         model = Model(hf_config)
     expected = set(model.state_dict())
     if state.keys() != expected:
+        wrapper = next((name for prefix, name in WRAPPERS.items() if any(key.startswith(prefix) for key in state)), "")
         raise ValueError(f"got weights in {directory} that do not fit its config: "
                          f"missing {sorted(expected - state.keys())[:3]}, "
-                         f"unexpected {sorted(state.keys() - expected)[:3]}")
+                         f"unexpected {sorted(state.keys() - expected)[:3]}"
+                         f"{f'; they were saved from inside {wrapper}: save the model in it' if wrapper else ''}")
     for name, parameter in model.state_dict().items():
         if state[name].shape != parameter.shape:
             raise ValueError(f"got {name} of shape {tuple(state[name].shape)} in {directory}, "
@@ -203,7 +207,8 @@ def read_hf_config(directory: Path):
     weights = shards(directory)
     for name in ("config.json", "tokenizer.json", *weights):
         if not (directory / name).exists():
-            refuse_other_formats(sorted(directory.iterdir()), directory)
+            if not (directory / weights[0]).exists():
+                refuse_other_formats(sorted(directory.iterdir()), directory)
             below = [*directory.glob("checkpoint*"), *directory.glob("snapshots/*")]  # of a run, of the hub's cache
             inside = next((path for path in sorted(below) if path.is_dir()), None)
             old = any((directory / other).exists() for other in ("vocab.json", "tokenizer.model"))
@@ -214,10 +219,10 @@ def read_hf_config(directory: Path):
             raise FileNotFoundError(f"got model directory {directory} without {name}; {expected}"
                                     f"{f'; did you mean {inside}?' if inside else ''}"
                                     f"{convert if name == 'tokenizer.json' else ''}")
-        with open(directory / name, "rb") as file:
-            if file.read(30).startswith(b"version https://git-lfs"):
-                raise ValueError(f"got {directory / name}, which is a Git LFS pointer and not the file itself; "
-                                 "run git lfs pull there")
+    for name in {*weights, *READ}:
+        if (directory / name).exists() and is_pointer(directory / name):
+            raise ValueError(f"got {directory / name}, which is a Git LFS pointer and not the file itself; "
+                             "run git lfs pull there")
     read_json(directory / "tokenizer.json")
     content = read_json(directory / "config.json")
     if content.get("model_type") not in FAMILIES:  # said before transformers complains about one that it does not know
@@ -241,10 +246,15 @@ def refuse_other_formats(paths: list[Path], where: Path) -> None:
                              f"model.safetensors; {advice}")
 
 
+def is_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(30).startswith(b"version https://git-lfs")
+
+
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise ValueError(f"got a corrupt or truncated {path} ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"got {path} with a {type(content).__name__}, expected a JSON object; copy it again")
@@ -261,7 +271,7 @@ def shards(directory: Path) -> list[str]:
     if (directory / "model.safetensors").exists() or not index.exists():
         return ["model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise ValueError(f"got {index} without weight_map, expected the shard of each weight; copy it again")
     return sorted(set(weight_map.values()))
 
@@ -272,15 +282,23 @@ def read_directory(directory: Path):
     hf_config = read_hf_config(directory)
     path = directory / "generation_config.json"
     generation_config = read_json(path) if path.exists() else {}
-    tokenizer = read_tokenizer(directory)
-    if generation_config and "eos_token_id" not in read_json(directory / "config.json"):
-        hf_config.eos_token_id = None  # not the default of a config class, 2 for Llama, as generate() has it
+    tokenizer = read_tokenizer(directory, hf_config.vocab_size)
+    if "eos_token_id" not in read_json(directory / "config.json"):
+        hf_config.eos_token_id = None  # and not the default of a config class, 2 for Llama: nor does generate() take it
+    named = [token for place in (getattr(hf_config, "eos_token_id", None), generation_config.get("eos_token_id"))
+             for token in (place if isinstance(place, list) else [place]) if token is not None]
+    if wrong := [token for token in named if type(token) is not int or not 0 <= token < hf_config.vocab_size]:
+        raise ValueError(f"got eos_token_id {wrong[0]!r} in config.json or generation_config.json of {directory}, expected "
+                         f"numbers of tokens, below {hf_config.vocab_size}")
     ends = end_ids(hf_config, generation_config, tokenizer)
     if not ends:
         raise ValueError(f"got a checkpoint without an EOS token in {directory}; completions could never end. Set "
                          "eos_token in tokenizer_config.json, or eos_token_id in generation_config.json")
     if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(min(ends))
+        if (end := tokenizer.convert_ids_to_tokens(min(ends))) is None:
+            raise ValueError(f"got end tokens {sorted(ends)} in {directory}, for which its tokenizer has no token; set "
+                             "eos_token in tokenizer_config.json")
+        tokenizer.eos_token = end
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((name for name, i in vocabulary.items() if i >= hf_config.vocab_size), key=vocabulary.get)
     if beyond:
@@ -290,12 +308,13 @@ def read_directory(directory: Path):
     return hf_config, generation_config, tokenizer, read_weights(directory)
 
 
-def read_tokenizer(directory: Path):
-    """As AutoTokenizer reads it, and where that gives other token ids than tokenizer.json itself, as tokenizer.json says."""
+def read_tokenizer(directory: Path, vocab_size: float = math.inf):
+    """As AutoTokenizer reads it, and where that gives other token ids than tokenizer.json itself, or adds tokens of its own
+    for which an embedding of vocab_size has no room, as tokenizer.json says."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = directory / "tokenizer.json"
+    path, tokenizer_config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     try:
         itself = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -309,12 +328,17 @@ def read_tokenizer(directory: Path):
         try:
             tokenizer = reader.from_pretrained(directory, trust_remote_code=False)
             ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+            own = set(tokenizer.get_vocab().items()) - set(itself.get_vocab().items())
+            listed = tokenizer_config.read_text(encoding="utf-8") if tokenizer_config.exists() else ""
+            if invented := [name for name, i in own if i >= vocab_size and json.dumps(name, ensure_ascii=False) not in listed]:
+                problem = problem or f"AutoTokenizer adds {invented[0]}"
+                continue
             if ids == expected and decode(tokenizer, [ids])[0] == itself.decode(ids, skip_special_tokens=False):
                 if problem:
                     note(f"{directory}: {problem}; its tokenizer.json is used as it is")
                 return tokenizer
-            problem = (f"AutoTokenizer reads {decode(tokenizer, [ids])[0][:24]!r} where tokenizer.json has "
-                       f"{itself.decode(expected, skip_special_tokens=False)[:24]!r}")
+            problem = problem or (f"AutoTokenizer reads other tokens ({tokenizer.convert_ids_to_tokens(ids)[:4]} ...) than its "
+                                  f"tokenizer.json ({tokenizer.convert_ids_to_tokens(expected)[:4]} ...)")
         except Exception as error:  # code of its own, a missing library, a broken field
             problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {short(error)})"
     raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what "
@@ -356,3 +380,10 @@ def end_ids(hf_config, generation_config: dict, tokenizer) -> set[int]:
 def end_tokens(model: Model, tokenizer) -> set[int]:
     """The token ids that end a completion."""
     return end_ids(model.hf_config, model.generation_config, tokenizer)
+
+
+def generate_ends(model: Model) -> set[int]:
+    """Those at which generate() stops, which does not ask the tokenizer: generation_config.json's, if there is one, else
+    config.json's."""
+    named = (model.generation_config or {"eos_token_id": model.hf_config.eos_token_id}).get("eos_token_id")
+    return set(named if isinstance(named, list) else [named]) - {None}

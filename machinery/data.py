@@ -15,12 +15,15 @@ from machinery.notes import note
 
 OTHER_FILES = {b"PAR1": "a Parquet file", b"\x1f\x8b": "a gzip archive", b"PK": "a zip archive", b"ARROW1": "an Arrow file",
                b"(\xb5/\xfd": "a zstd archive", b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)"}
+READ = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
 def read_text(path) -> str:
     """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one (what > writes in Windows
     PowerShell 5). Raises ValueError with the file, and the line where it is neither."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"got {path}, but there is no such file")
     content = Path(path).read_bytes()
     for beginning, name in OTHER_FILES.items():
         if content.startswith(beginning):
@@ -42,7 +45,7 @@ def read_jsonl(path) -> list[dict]:
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, too
             array = "; the file looks like one JSON array" if number == 1 and line.lstrip().startswith("[") else ""
             raise ValueError(f"got a broken line in {path}, line {number}: {error or 'too deep'}{array}; "
                              "expected one JSON object a line") from None
@@ -59,12 +62,13 @@ def beside_scripts(path) -> Path:
 
 
 def fingerprint(path) -> str:
-    """SHA-256 of a file, of a model directory's weights and config, or of a run's checkpoint; "" if it is not there."""
+    """SHA-256 of a file, of all that is read of a model directory or a run's checkpoint; "" if it is not there."""
     path = beside_scripts(path)
     if path.is_dir():
         directory = path / "checkpoint" if (path / "checkpoint").exists() else path
-        files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-        return "" if len(files) < 2 else " ".join(map(fingerprint, files))
+        weights = sorted(directory.glob("*.safetensors"))
+        return " ".join(fingerprint(file) for file in (*(directory / name for name in READ), *weights) if file.exists()
+                        ) if weights else ""
     if not path.exists():
         return ""
     with open(path, "rb") as file:
@@ -100,10 +104,13 @@ def check_rows(rows: list[dict], path, fields: tuple[str, ...], expected: str) -
 
 def one_row(row: dict, fields: tuple[str, ...], expected: str) -> list[dict]:
     """-> the row, or the rows that a conversation is."""
+    if row.get("tools"):
+        raise ValueError("with tools, expected conversations of words alone")
     messages = row.get("messages")
-    if messages is not None and "completion" in fields and not row.keys() & set(fields):
+    if messages is not None and fields[1:] == ("completion",) and "completion" not in row:
         rest, turns = {name: value for name, value in row.items() if name != "messages"}, conversation(messages)
-        replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and messages[i].get("weight") != 0]
+        replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"
+                   and messages[i].get("weight") != 0 and messages[i].get("train") is not False]
         if not replies or replies[0] == 0:
             raise ValueError("with messages, expected a user's first and an assistant's behind it")
         return [{**rest, "prompt": turns[:i], "completion": turns[i]["content"]} for i in replies]
@@ -128,9 +135,10 @@ def one_row(row: dict, fields: tuple[str, ...], expected: str) -> list[dict]:
             raise ValueError(f"without text in {words}; expected {expected}, or conversations as messages; "
                              f"it has {', '.join(map(str, row)) or 'no field'}")
         check_characters(row[name])
-    if row.get("tools"):
-        raise ValueError("with tools, expected conversations of words alone")
     return [row]
+
+
+ELSEWHERE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what content does not hold
 
 
 def conversation(messages) -> list[dict]:
@@ -138,11 +146,17 @@ def conversation(messages) -> list[dict]:
     turns = []
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+            content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise ValueError(f"with a message {str(message)[:60]}, expected role and content, both of them text")
-        check_characters(content)
+        if message["role"] == "user" and not content.strip():
+            raise ValueError("with an empty message of the user, expected text")
+        if elsewhere := [name for name in ELSEWHERE if message.get(name)]:
+            raise ValueError(f"with {elsewhere[0]} in a message, expected words alone, all of them in content; thinking as "
+                             "<think>...</think>")
+        check_characters(message["role"] + content)
         turns.append({"role": message["role"], "content": content})
     if not turns:
         raise ValueError("without a message, expected a list of role and content")
@@ -156,24 +170,16 @@ def check_characters(text: str) -> None:
         raise ValueError("with half a character (a lone surrogate, as \\ud83d), expected whole ones") from None
 
 
-def prompt_key(prompt) -> str:
-    """What makes the prompts of two rows the same: the text, white space aside, or of a conversation all before its first
-    reply."""
-    if isinstance(prompt, str):
-        return " ".join(prompt.split())
-    first = next((i for i, turn in enumerate(prompt) if turn["role"] == "assistant"), len(prompt))
-    return json.dumps(prompt[:first])
-
-
-def keep_out(rows: list[dict], examples: list, n: int, seed: int) -> tuple[list, list]:
-    """-> (n held-out examples or a few more, the rest, shuffled): all rows of a prompt are on the same side. A prompt of
-    more than an eighth of n stays in training, as long as there are others."""
-    order = list(range(len(rows)))
+def keep_out(keys: list[str], examples: list, n: int, seed: int) -> tuple[list, list]:
+    """-> (n held-out examples or a few more, the rest, shuffled): all with one key, which is their prompt
+    (text.prompt_key), are on the same side. A prompt of more than an eighth of n stays in training, as long as there are
+    others."""
+    order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     same_prompt: dict[str, list[int]] = {}
     for i in order:
-        same_prompt.setdefault(prompt_key(rows[i]["prompt"]), []).append(i)
-    held_out = []
+        same_prompt.setdefault(keys[i], []).append(i)
+    held_out: dict[int, None] = {}
     for own in sorted(same_prompt.values(), key=lambda own: len(own) > max(1, n // 8)):
-        held_out += own if len(held_out) < n else []
-    return [examples[i] for i in held_out], [examples[i] for i in order if i not in set(held_out)]
+        held_out |= dict.fromkeys(own if len(held_out) < n else [])
+    return [examples[i] for i in held_out], [examples[i] for i in order if i not in held_out]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import inspect
+import math
 import os
 import re
 import signal
@@ -51,7 +52,11 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
     with bad_input_exits():
         if given.get("resume"):
             values = dataclasses.asdict(read_run_config(given["resume"], config_class))
-        return config_class(**{**values, **given})
+        config = config_class(**{**values, **given})
+        for name, value in vars(config).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"got {name} {value}, expected a finite number")
+        return config
 
 
 def check_positive(config, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 
 from tqdm import tqdm
 
@@ -36,11 +37,16 @@ def check_truncated(completions, ends: list[str]) -> None:
 def check_unknown(tokenizer, texts: list[str], rows: list[list[int]], what: str) -> None:
     """The share of tokens that the tokenizer does not know, or, where it has no word for those, of dropped characters."""
     unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        unknown = None  # a name that says nothing: byte-level tokenizers often give it their EOS
+    if not texts:
+        return
     if unknown is not None:
         share, counted = sum(row.count(unknown) for row in rows) / max(1, sum(map(len, rows))), "tokens"
     else:
         texts, rows = texts[:256], rows[:256]
         back = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-        share, counted = 1 - sum(map(len, back)) / max(1, sum(map(len, texts))), "characters"
+        given = sum(len(unicodedata.normalize("NFC", text)) for text in texts)
+        share, counted = 1 - sum(map(len, back)) / max(1, given), "characters"
     if share > FEW:
         note(f"{share:.0%} of the {counted} of {what} are unknown to this checkpoint's tokenizer", f"unknown {what}")

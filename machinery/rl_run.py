@@ -32,6 +32,7 @@ class Run:
     folder: Path
     policy: Model
     tokenizer: object
+    began: str               # the checkpoint that training began with
     device: str
     own_groups: range        # of a step's problems those that this process takes; alone: all
     first_rank: bool         # the process that prints, logs and saves; alone: always
@@ -69,7 +70,7 @@ def open_run(config) -> Run:
         distributed.shard(policy, dtype=DTYPES[config.dtype])
     optimizer = MasterAdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
                             weight_decay=config.weight_decay, offload=config.offload_optimizer)
-    run = Run(Path(config.resume or config.out), policy, tokenizer, device, own_groups, distributed.rank() == 0,
+    run = Run(Path(config.resume or config.out), policy, tokenizer, config.model, device, own_groups, distributed.rank() == 0,
               optimizer)
     if config.kl_coef and not config.lora_rank:
         run.ref_policy = load(config.model, dtype=DTYPES[config.dtype], device=device)[0]
@@ -92,7 +93,7 @@ def sampling_weights(run: Run):
         with distributed.whole_weights(run.policy) as whole, merged(whole):
             yield whole
     except BrokenWeights as error:
-        fail(f"{error}{what_to_do(run.folder, run.step)}")
+        fail(f"{error}{what_to_do(run.folder, run.step, run.began)}")
 
 
 def trained_source(run: Run) -> str:

@@ -122,13 +122,14 @@ def saved_checkpoint(run) -> Path | None:
     return next((Path(run) / name for name in names if (Path(run) / name).is_dir()), None)
 
 
-def what_to_do(run, step: int) -> str:
+def what_to_do(run, step: int, began: str) -> str:
     """After numbers that are not finite: nothing that training did, before its first step; weights to go on with, if any
-    were saved (none that are broken ever are)."""
+    were saved (none that are broken ever are). began: the checkpoint that training began with."""
     if not step:
         return ""
     saved = saved_checkpoint(run)
-    return f"; training broke them. Lower --learning-rate{f'; the last good weights are in {saved}' if saved else ''}"
+    return (f". Lower --learning-rate; where that does not help, {began} brought them, or the data"
+            f"{f'; the last good weights are in {saved}' if saved else ''}")
 
 
 def find_checkpoint(run) -> Path:

@@ -19,6 +19,7 @@ countdown.py is one, a JSONL file of questions and answers another (tasks/questi
 
 import importlib
 import importlib.util
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from countdown import check_style, distinct, fill_template
+from machinery.flags import fail
 from rewards import answer_or_text, language_reward
 
 BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "general": "tasks.general"}
@@ -99,6 +101,8 @@ def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], 
         if i in preference:
             parts = {**parts, "preference": preference[i]}
         reward = sum(weight * parts[name] for name, weight in task.weights.items())
+        if not math.isfinite(reward):
+            fail(f"got a reward of {reward} from task {task.name} for {text[:60]!r} ({parts}), expected a finite number")
         scores.append(Score(reward, parts, task.watch(problem, text), verdict))
     return scores
 
@@ -170,6 +174,8 @@ def pairs(text: str, flag: str, default: float | None = None) -> dict[str, float
             value = float(number)
         except ValueError:
             raise ValueError(f"got --{flag} {text}, expected NAME=NUMBER with commas between") from None
+        if not math.isfinite(value):
+            raise ValueError(f"got --{flag} {text}, expected finite numbers")
         if name in found or not name:
             raise ValueError(f"got --{flag} {text}, expected every name once")
         found[name] = value
@@ -182,11 +188,11 @@ def load_seam(name: str):
     path = Path(name)
     if name in BUILT_IN:
         seam = importlib.import_module(BUILT_IN[name])
-    elif path.suffix not in (".py", ".jsonl"):
+    elif path.suffix.lower() not in (".py", ".jsonl"):
         raise ValueError(f"got task {name!r}, expected one of {', '.join(BUILT_IN)}, a .py or a .jsonl file")
     elif not path.is_file():
         raise FileNotFoundError(f"got task {name!r}, but there is no such file")
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         seam = importlib.import_module("tasks.questions").Questions.read(path)
     else:
         spec = importlib.util.spec_from_file_location(path.stem, path)

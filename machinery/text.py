@@ -5,6 +5,7 @@ prompt's, are put back before rewards read the completion, and are taken off the
 """
 
 import re
+import unicodedata
 
 from countdown import fill_template
 from machinery.notes import check_unknown, note
@@ -14,25 +15,31 @@ TINY_UNKNOWN = "<|unknown|>"  # of the tiny base's tokenizer (corpus.py), and of
 
 
 def encode_prompts(tokenizer, prompts: list[str], style: str | list[str]) -> list[list[int]]:
-    """Token ids; style: of all, or of each. A tokenizer that puts BOS first does so, once; a chat template brings its own
-    or wants none, as apply_chat_template(tokenize=True) has it."""
+    """Token ids; style: of all, or of each. What the tokenizer puts first, BOS mostly, comes once; a chat template brings
+    its own or wants none, as apply_chat_template(tokenize=True) has it."""
     if not prompts:
         return []
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    styles, bos = [style] * len(rows) if isinstance(style, str) else style, tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        rows = [row if style == "chat" or row[:1] == [bos] else [bos, *row] for row, style in zip(rows, styles)]
-    return rows
+    styles = [style] * len(rows) if isinstance(style, str) else style
+    letter, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    first = next((whole[:k] for k in range(len(whole)) if whole[k:k + len(letter)] == letter), [])
+    return [row if style == "chat" or row[:len(first)] == first else first + row for row, style in zip(rows, styles)]
 
 
 def encode_completions(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of what goes on where a prompt ended. A SentencePiece tokenizer puts a space before a text; there is none,
-    so it reads the text behind a newline, which is taken off again."""
+    so it reads the text behind a character that stays a token of its own, and is taken off again."""
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    newline, letter, both = tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
-    if both != newline + letter and both[:len(newline)] == newline:
-        longer = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
-        rows = [long[len(newline):] if long[:len(newline)] == newline else row for row, long in zip(rows, longer)]
+    letter, behind = tokenizer(["a", "\na"], add_special_tokens=False)["input_ids"]
+    if behind[-len(letter):] == letter:
+        return rows
+    left = list(range(len(texts)))
+    for anchor in "\n:=a":
+        start, = tokenizer([anchor], add_special_tokens=False)["input_ids"]
+        longer = tokenizer([anchor + texts[i] for i in left], add_special_tokens=False)["input_ids"] if left else []
+        for i, long in zip(left, longer):
+            rows[i] = long[len(start):] if long[:len(start)] == start else rows[i]
+        left = [i for i, long in zip(left, longer) if long[:len(start)] != start]
     return rows
 
 
@@ -54,20 +61,42 @@ def continue_prompt(prompt: str, completion: str) -> str:
     return completion.lstrip().removeprefix(THINK).removeprefix(opened.removeprefix(THINK))
 
 
+def end_of_text(tokenizer, eos_ids: set[int]) -> int:
+    """The token that ends a completion in training: the tokenizer's EOS, or, where generate() does not stop at that, one
+    at which it does. eos_ids: those; none: the tokenizer's."""
+    if not eos_ids or tokenizer.eos_token_id in eos_ids:
+        return tokenizer.eos_token_id
+    end = min(eos_ids)
+    note(f"the tokenizer's EOS is {tokenizer.eos_token}, but the checkpoint's configs end at "
+         f"{tokenizer.convert_ids_to_tokens(end)}, as generate() does: completions are taught to end with that")
+    return end
+
+
 def end_of_turn(tokenizer, eos_ids: set[int]) -> int:
-    """The token with which the chat template ends a reply, where sampling stops at it; else the tokenizer's EOS."""
-    if tokenizer.chat_template:
-        mark = "reply"
-        asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-        _, _, behind = fill_template(asked, tokenizer=tokenizer, reply=False).rpartition(mark)
-        first = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"][:1]
-        if first and first[0] in eos_ids:
-            return first[0]
-        if first and first[0] in tokenizer.added_tokens_decoder:
-            note(f"the chat template ends a reply with {tokenizer.convert_ids_to_tokens(first[0])}, which is none of the "
-                 "checkpoint's end tokens: completions may go on behind it. Add it to eos_token_id in "
-                 "generation_config.json")
-    return tokenizer.eos_token_id
+    """The token with which the chat template ends a reply, where generate() stops at it; else end_of_text."""
+    mark, behind = "a reply", ""
+    asked = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    try:
+        _, found, behind = fill_template(asked, tokenizer=tokenizer, reply=False).rpartition(mark)
+    except ValueError:  # no template, or one that wants another conversation
+        found = ""
+    first = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"][:1] if found and behind.strip() else []
+    if first and first[0] in eos_ids:
+        return first[0]
+    if first and first[0] in tokenizer.added_tokens_decoder:
+        note(f"the chat template ends a reply with {tokenizer.convert_ids_to_tokens(first[0])}, which is none of the "
+             "checkpoint's end tokens: completions may go on behind it. Add it to eos_token_id in "
+             "generation_config.json")
+    return end_of_text(tokenizer, eos_ids)
+
+
+def prompt_key(prompt: str | list, style: str, tokenizer) -> str:
+    """What makes the prompts of two rows the same: what the model reads, white space aside; of a conversation all before
+    its first reply."""
+    if isinstance(prompt, list):
+        first = next((i for i, turn in enumerate(prompt) if turn["role"] == "assistant"), len(prompt))
+        prompt = prompt[:first]
+    return " ".join(unicodedata.normalize("NFC", fill_template(prompt, style, tokenizer)).split())
 
 
 def check_style_fits(model, tokenizer, style: str, eos_ids: set[int]) -> None:

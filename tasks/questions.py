@@ -61,7 +61,7 @@ class Questions:
     @classmethod
     def read(cls, path: Path) -> "Questions":
         """Raises ValueError with the file and the line where a row is wrong."""
-        from machinery.data import read_jsonl
+        from machinery.data import check_characters, read_jsonl
         rows, lines = {"train": [], "test": []}, {}
         given = read_jsonl(path)
         judged = not any("answer" in row for row in given)
@@ -70,6 +70,10 @@ class Questions:
             answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
             if not all(isinstance(text, str) and text.strip() for text in (question, answer)) or final_value(answer) == "":
                 raise ValueError(f"got {path}, line {number}: {str(row)[:80]}; expected {EXPECTED}")
+            try:
+                check_characters(question + answer)
+            except ValueError as error:
+                raise ValueError(f"got {path}, line {number} {error}") from None
             first, known = lines.setdefault(same_words(question), (number, answer))
             if final_value(known) != final_value(answer):
                 raise ValueError(f"got {path}, line {number}, with the question of line {first} and another answer; "

@@ -90,8 +90,7 @@ def test_tokens_without_a_row_of_the_embedding_are_refused_before_a_folder_is_ma
 
 # ------------------------------------------------------------------------------------------------------ where it stops
 @pytest.mark.parametrize("edits, expected", (
-    # where neither config names one, generate() takes the default of LlamaConfig, token 2
-    (dict(tokenizer_config=dict(eos_token="<|end|>"), config=dict(eos_token_id=None)), {"<|end|>", "<|assistant|>"}),
+    (dict(tokenizer_config=dict(eos_token="<|end|>"), config=dict(eos_token_id=None)), {"<|end|>"}),
     (dict(tokenizer_config=dict(eos_token=None), config=dict(eos_token_id=4)), {"<|eot|>"}),
     (dict(tokenizer_config=dict(eos_token=None), config=dict(eos_token_id=None),
           generation_config=dict(eos_token_id=4)), {"<|eot|>"}),
@@ -311,3 +310,77 @@ def test_scorers_notice_too(overflowing, base, tmp_path, monkeypatch):
     from experiments.scorer import score_positions
     with pytest.raises(BrokenWeights, match=f"scores from {base}"):
         score_positions(judge, [[1, 2, 3]], [[2]])
+
+
+# -------------------------------------------------------------------------------- what a hostile reader found beside these
+@pytest.mark.parametrize("config, says", (
+    (dict(is_causal=False), "is_causal=False"), (dict(num_key_value_heads=3), "the key/value heads divide"),
+    (dict(num_hidden_layers=0), "at least 1 each"), (dict(max_position_embeddings=10 ** 10), "at most"),
+    (dict(eos_token_id="4"), "eos_token_id"), (dict(eos_token_id=9999), "eos_token_id 9999"),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": "1000"}), "rope"),
+), ids=str)
+def test_a_config_that_cannot_be_computed_is_refused(config, says, stranger):
+    with pytest.raises(ValueError, match=says):
+        load(stranger(config=config))
+
+
+def test_an_original_context_outside_of_the_rope_parameters_counts(stranger):
+    rope = dict(rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=64)
+    directory = stranger(config=dict(rope_parameters=rope, original_max_position_embeddings=16))
+    assert torch.allclose(logits(load(directory)[0]), logits(AutoModelForCausalLM.from_pretrained(directory)), atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix, name", (("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")))
+def test_weights_saved_from_inside_a_wrapper_are_called_that(prefix, name, stranger):
+    directory = stranger()
+    state = load_file(directory / "model.safetensors")
+    save_file({prefix + key: tensor for key, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"saved from inside {name}"):
+        load(directory)
+
+
+def test_a_tokenizer_that_is_missing_beside_good_weights_is_what_is_said(stranger):
+    """A checkpoint of a trainer, with its own state in .pt and .pth files."""
+    directory = stranger()
+    (directory / "tokenizer.json").unlink()
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (directory / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="without tokenizer.json"):
+        load(directory)
+
+
+def test_training_ends_completions_where_generate_stops(stranger, capfd):
+    """The tokenizer's EOS is token 0, both configs say 4, as in a checkpoint whose tokenizer was converted carelessly."""
+    from machinery.checkpoints import generate_ends
+    model, tokenizer = load(stranger(config=dict(eos_token_id=4), generation_config=dict(eos_token_id=4)))
+    rows = [{"prompt": "a", "completion": "b"}]
+    (_, completion), = sft.tokenize(rows, tokenizer, "x", "base", generate_ends(model))
+    assert completion[-1] == 4 and "configs end at <|eot|>" in capfd.readouterr().err
+    assert end_tokens(model, tokenizer) == {0, 4}
+
+
+def test_a_teacher_with_a_higher_embedding_teaches_the_tokens_that_both_have(stranger, monkeypatch, tmp_path):
+    """As Qwen2.5-7B and 0.5B: the same tokenizer, 152,064 and 151,936 rows. The KL of a model to itself stays 0."""
+    from machinery.batching import pad_batch, teacher_kl
+    model, _ = load(directory := stranger())
+    higher = tmp_path / "higher"
+    shutil.copytree(directory, higher)
+    rows = model.config.vocab_size
+
+    def grow(state):
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            state[name] = torch.cat([state[name], torch.ones(16, state[name].shape[1])])
+    change(higher, grow)
+    edit_json(higher / "config.json", vocab_size=rows + 16)
+    input_ids, mask = pad_batch([[5, 6]], [[7, 8, 9]])
+    assert teacher_kl(model, load(higher)[0], input_ids, mask).abs().max() < 1e-5
+
+
+def test_a_teacher_with_less_room_is_refused_before_a_folder_is_made(stranger, refused, tmp_path):
+    teacher = stranger("teacher", config=dict(max_position_embeddings=8))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"make {i}", "completion": "a" * 20}) + "\n" for i in range(8)))
+    refused(sft, "--model", stranger(), "--teacher", teacher, "--data", data, "--style", "base", "--eval-rows", "2", "--out",
+            tmp_path / "run", says=("got a row of", "context of 8"))
+    assert not (tmp_path / "run").exists()

@@ -10,10 +10,10 @@ import preference
 import sft
 import train_countdown
 from machinery.checkpoints import end_tokens, load
-from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, prompt_key, read_jsonl
+from machinery.data import check_rows, check_unchanged, fingerprint, keep_out, read_jsonl
 from machinery.run_folder import append_jsonl, load_checkpoint
 from machinery.tasks import find_tasks
-from machinery.text import decode
+from machinery.text import decode, prompt_key
 
 ROWS = [{"prompt": "Größe\u2028?", "completion": "ja"}, {"prompt": "b", "completion": ""}]
 TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -39,12 +39,12 @@ def test_what_editors_and_shells_write_is_read(content, tmp_path):
     (b'prompt,completion\nhi,hello\n', "rows.jsonl, line 1: .*; expected one JSON object a line"),
     (b'{"a": 1} {"a": 2}', "rows.jsonl, line 1: .*; expected one JSON object a line"),
     (b'{"a": 1}\n"text"', "got str in .*rows.jsonl, line 2; expected a JSON object"),
-    (b"[" * 100_000, "rows.jsonl, line 1: .*expected one JSON object a line"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "rows.jsonl, line 1: .*expected one JSON object a line"), (b"[" * 100_000, "rows.jsonl, line 1: .*expected one JSON object a line"),
     (b"PAR1\x15\x04", "rows.jsonl, a Parquet file, expected a text file"),
     (b"\x1f\x8b\x08\x00", "rows.jsonl, a gzip archive"), (b"PK\x03\x04", "rows.jsonl, a zip archive"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "rows.jsonl, a Git LFS pointer"),
 ), ids=("Latin-1", "UTF-16 without a mark", "an array", "a blank line inside", "CSV", "two objects a line", "no object",
-        "too deep", "Parquet", "gzip", "zip", "LFS"))
+        "a long number", "too deep", "Parquet", "gzip", "zip", "LFS"))
 def test_anything_else_is_refused_with_its_file_and_line(content, says, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=says):
@@ -72,9 +72,10 @@ def test_every_reader_takes_them(tmp_path, base):
     ({"messages": [USER, REPLY, AGAIN, REPLY]}, [([USER], "b"), ([USER, REPLY, AGAIN], "b")]),
     ({"messages": [USER, REPLY | {"weight": 0}, AGAIN, REPLY]}, [([USER, REPLY, AGAIN], "b")]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, REPLY]}, [([USER], "b")]),
+    ({"prompt": "a title", "messages": [USER, REPLY]}, [([USER], "b")]),
     ({"prompt": [USER], "completion": [REPLY]}, [([USER], "b")]), ({"prompt": [USER], "completion": "b"}, [([USER], "b")]),
     ({"prompt": "a", "completion": "b"}, [("a", "b")]),
-), ids=("messages", "system", "two turns", "weight 0", "parts", "prompt and completion", "text as completion", "text"))
+), ids=("messages", "system", "two turns", "weight 0", "parts", "a prompt beside", "prompt and completion", "text as completion", "text"))
 def test_conversations_of_openai_and_trl_are_rows(row, expected):
     rows = check_rows([row], "x", PAIR, "both")
     assert [(row["prompt"], row["completion"]) for row in rows] == expected
@@ -94,12 +95,18 @@ def test_preferences_over_conversations_are_pairs(row):
     ({"messages": [REPLY, USER]}, "expected a user's first"), ({"messages": []}, "without a message"),
     ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "expected role and content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, "expected role and content"),
+    ({"messages": [USER, REPLY | {"reasoning_content": "because"}]}, "with reasoning_content in a message"),
+    ({"messages": [USER, REPLY | {"content": "", "tool_calls": [1]}, AGAIN, REPLY]}, "with tool_calls in a message"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, REPLY]}, "expected role and content"),
+    ({"messages": [USER | {"content": " "}, REPLY]}, "with an empty message of the user"),
+    ({"messages": [USER, REPLY], "tools": [{}]}, "with tools"),
     ({"messages": "a"}, "without a message"), ({"prompt": [USER], "completion": [USER]}, "expected one, of the assistant"),
     ({"prompt": [USER], "completion": [REPLY], "tools": [{}]}, "with tools"),
     ({"instruction": "a", "output": "b"}, "without text in prompt and completion; expected both.* it has instruction, output"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "it has conversations"), ({"text": "a"}, "it has text"),
     ({"prompt": "\ud83d", "completion": "b"}, "half a character"), ({}, "no field"),
-), ids=("no reply", "reply first", "no message", "tool call", "image", "no list", "two users", "tools", "Alpaca", "ShareGPT",
+), ids=("no reply", "reply first", "no message", "tool call", "image", "thinking elsewhere", "words and a tool call",
+        "a part without text", "empty question", "messages with tools", "no list", "two users", "tools", "Alpaca", "ShareGPT",
         "text", "half a character", "empty"))
 def test_other_rows_are_refused_with_their_line(row, says):
     with pytest.raises(ValueError, match=f"got x, line 2 .*{says}"):
@@ -123,15 +130,19 @@ def test_a_conversation_goes_through_the_chat_template_whatever_the_style(strang
 
 
 # ---------------------------------------------------------------------------------------------------------- held-out rows
+def keys_of(rows, style="tiny", tokenizer=None):
+    return [prompt_key(row["prompt"], style, tokenizer) for row in rows]
+
+
 def test_rows_of_one_prompt_are_on_one_side():
     """Four rows a prompt, as rejection sampling writes them; the split is by prompt, in the order of rows as it was for
     rows that are all different."""
     rows = [{"prompt": f"{i % 50}\n" if i % 2 else f"{i % 50}", "completion": str(i)} for i in range(200)]
-    held_out, rest = keep_out(rows, rows, 20, seed=0)
-    assert not {prompt_key(row["prompt"]) for row in held_out} & {prompt_key(row["prompt"]) for row in rest}
+    held_out, rest = keep_out(keys_of(rows), rows, 20, seed=0)
+    assert not set(keys_of(held_out)) & set(keys_of(rest))
     assert 20 <= len(held_out) <= 23 and len(held_out) + len(rest) == 200
     different = [{"prompt": str(i), "completion": ""} for i in range(200)]
-    held_out, rest = keep_out(different, different, 20, seed=0)
+    held_out, rest = keep_out(keys_of(different), different, 20, seed=0)
     import random
     random.Random(0).shuffle(different)
     assert held_out + rest == different
@@ -140,16 +151,29 @@ def test_rows_of_one_prompt_are_on_one_side():
 def test_a_frequent_prompt_stays_in_training_as_long_as_there_are_others():
     rows = [{"prompt": "hello", "completion": str(i)} for i in range(100)] + [{"prompt": str(i)} for i in range(30)]
     for n, hello in ((16, 0), (31, 100)):
-        held_out, rest = keep_out(rows, rows, n, seed=0)
+        held_out, rest = keep_out(keys_of(rows), rows, n, seed=0)
         assert sum(row["prompt"] == "hello" for row in held_out) == hello
 
 
-def test_turns_of_one_conversation_are_on_one_side():
+def test_turns_of_one_conversation_are_on_one_side(stranger):
+    _, tokenizer = load(stranger())
     rows = check_rows([{"messages": [{"role": "user", "content": str(i)}, REPLY, AGAIN, REPLY]} for i in range(20)], "x",
                       PAIR, "both")
-    held_out, rest = keep_out(rows, rows, 8, seed=0)
+    held_out, rest = keep_out(keys_of(rows, "chat", tokenizer), rows, 8, seed=0)
     firsts = [{row["prompt"][0]["content"] for row in side} for side in (held_out, rest)]
     assert len(rows) == 40 and len(held_out) == 8 and not firsts[0] & firsts[1]
+
+
+def test_what_the_model_reads_decides_whether_prompts_are_the_same(stranger):
+    """Text in chat style and a conversation of the same words; white space that the template takes off; a system prompt
+    that the template writes itself; letters that are composed or not."""
+    template = ("{% if messages[0]['role'] != 'system' %}<|user|>be kind<|end|>{% endif %}{% for message in messages %}"
+                "<|user|>{{ message['content'] | trim }}<|end|>{% endfor %}")
+    _, tokenizer = load(stranger(template=template))
+    user = {"role": "user", "content": "a\u0308 b"}
+    rows = [{"prompt": text} for text in ("\u00e4 b", [user], [user | {"content": "\u00e4 b \n"}],
+                                          [{"role": "system", "content": "be kind"}, user], [user, REPLY, AGAIN])]
+    assert len(set(keys_of(rows, "chat", tokenizer))) == 1
 
 
 def test_a_held_out_loss_is_no_memory(base, monkeypatch, tmp_path, capfd):
@@ -228,10 +252,13 @@ def test_what_is_read_anew_is_remembered(base, monkeypatch, tmp_path, quiet_trai
     state = load_checkpoint(tmp_path / "run")[2]
     assert state["inputs"] == {str(tmp_path / "model"): fingerprint(base)}
     check_unchanged(state, tmp_path / "run")
-    weights = tmp_path / "model" / "config.json"
-    weights.write_text(weights.read_text().replace("\n", "\n\n", 1))
-    with pytest.raises(ValueError, match="which is not what it was"):
-        check_unchanged(state, tmp_path / "run")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "chat_template.jinja"):
+        path = tmp_path / "model" / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes((before or b"") + b" ")
+        with pytest.raises(ValueError, match="which is not what it was"):
+            check_unchanged(state, tmp_path / "run")
+        path.unlink() if before is None else path.write_bytes(before)
 
 
 def test_pairs_that_teach_nothing_and_prompts_on_both_sides_are_counted(base, monkeypatch, tmp_path, capfd):

@@ -222,3 +222,62 @@ def test_a_template_without_a_generation_prompt_or_one_that_refuses_is_said(stra
     assert "knows no add_generation_prompt" in capfd.readouterr().err
     refused(evaluate, "--model", stranger("refuses", template="{{ raise_exception('only system roles') }}"), "--style",
             "chat", says=("chat template refuses", "only system roles"))
+
+
+def test_all_that_a_tokenizer_puts_first_comes_first(stranger):
+    """Two tokens, or one that is not called BOS."""
+    from tokenizers import processors
+    directory = stranger(bos=True)
+    _, tokenizer = load(directory)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> <|user|> $A", special_tokens=[("<|begin|>", 3), ("<|user|>", 1)])
+    assert encode_prompts(tokenizer, ["make 27"], "base") == [tokenizer("make 27")["input_ids"]]
+    _, tokenizer = load(stranger("unnamed", bos=True, tokenizer_config=dict(bos_token=None)))
+    assert encode_prompts(tokenizer, ["make 27"], "base") == [tokenizer("make 27")["input_ids"]]
+
+
+def test_no_false_note_of_unknown_tokens(stranger, capfd):
+    """An unknown token that is another name of EOS, as of SmolLM2 and GPT-2; no text at all; decomposed letters."""
+    from machinery import notes
+    notes.said.clear()
+    _, tokenizer = load(stranger(tokenizer_config=dict(unk_token="<|end|>")))
+    texts = ["a<|end|>b<|end|>", "a\u0308" * 20]
+    notes.check_unknown(tokenizer, texts, tokenizer(texts)["input_ids"], "these")
+    notes.check_unknown(tokenizer, [], [], "nothing")
+    assert "unknown" not in capfd.readouterr().err
+
+
+def test_a_row_that_the_template_refuses_is_named(stranger):
+    _, tokenizer = load(stranger(template="{{ 1 // (messages[0]['content'] | length - 3) }}" + CHAT))
+    with pytest.raises(ValueError, match="my.jsonl, row 2: got a conversation .*refuses"):
+        sft.tokenize([{"prompt": "four", "completion": "b"}, {"prompt": "two", "completion": "b"}], tokenizer, "my.jsonl", "chat")
+
+
+def test_a_judge_of_another_family_is_refused(stranger, monkeypatch, refused, tmp_path):
+    """It would read the policy's chat markup letter by letter."""
+    import preference
+    model, tokenizer = load(stranger("judge", template=CHAT.replace("<|user|>", "[user]").replace("<|", "[")))
+    preference.save_reward_model(preference.RewardModel(model), tokenizer, tmp_path / "reward")
+    task = tmp_path / "ask.jsonl"
+    task.write_text("".join(json.dumps({"question": f"is {i} odd?"}) + "\n" for i in range(40)))
+    refused(train_countdown, "--model", stranger(), "--style", "chat", "--task", task, "--preference", tmp_path / "reward",
+            "--max-new-tokens", 8, "--out", tmp_path / "run", says=("another chat template", "expected the same"))
+
+
+def test_a_long_question_of_a_file_is_found_before_training(stranger, refused, tmp_path):
+    """However rare it is drawn: all rows of a file are looked at."""
+    task = tmp_path / "ask.jsonl"
+    task.write_text("".join(json.dumps({"question": f"{i}?" if i else "x " * 600, "answer": "1"}) + "\n" for i in range(400)))
+    refused(train_countdown, "--model", stranger(), "--style", "base", "--task", task, "--max-new-tokens", 8, "--batch-size",
+            4, "--group-size", 4, "--out", tmp_path / "run", says=("got prompts of up to", "context of 512"))
+
+
+def test_a_reward_that_is_no_number_names_its_task(base, monkeypatch, capfd, tmp_path):
+    from machinery.tasks import find_tasks, score_completions
+    import countdown
+    task, = find_tasks("countdown")
+    problem = task.problems(1, "train", 0)[0]
+    monkeypatch.setattr(countdown, "score", lambda puzzle, text: ({"accuracy": float("nan"), "format": 0.0}, "no"))
+    with pytest.raises(SystemExit):
+        score_completions([(task, problem)], ["p"], ["t"], None, "en")
+    assert "a reward of nan from task countdown" in capfd.readouterr().err
