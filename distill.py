@@ -30,12 +30,13 @@ from pathlib import Path
 
 import torch
 
-from machinery.checkpoints import check_device, check_dtype, find_directory, read_hf_config, read_tokenizer
+from machinery.checkpoints import check_device, check_dtype, find_directory, read_hf_config
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
 from machinery.stages import Stage, check_stages, read_record, run_stage
 from machinery.tasks import find_tasks, shares
+from machinery.text import read_tokenizer
 from model import Model
 from sft import Config as SftConfig
 from sft import check_same_tokenizer
@@ -182,8 +183,8 @@ def main() -> None:
         if config.logits:  # said before an hour of work, not after it
             student, teacher = (read_tokenizer(find_directory(name)) for name in (config.student, config.teacher))
             check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
-        check_beforehand(config, 0 if config.data else config.n, "" if config.data else config.teacher)
         check_stages(stages)
+        check_beforehand(config, 0 if config.data else config.n, "" if config.data else config.teacher)
         for stage in stages:
             run_stage(Path(config.out), stage, stages, "the same command")
         table = results(config)

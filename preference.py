@@ -25,6 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,8 @@ from tqdm import tqdm
 from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import (DTYPES, check_device, check_dtype, check_finite, end_tokens, find_directory, load,
-                                   read_directory, save, short)
-from machinery.data import check_rows, read_jsonl
+                                   read_directory, save)
+from machinery.data import check_rows, read_jsonl, short
 from machinery.flags import (bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
 from machinery.notes import check_learning_rate, check_unknown, note
@@ -152,6 +153,16 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
         for i, score in zip(micro_batch, reward_model([rows[i] for i in micro_batch]).tolist()):
             scores[i] = score
     return scores
+
+
+def load_judge(directory, tokenizer, style: str, *, dtype=torch.float32, device="cpu"):
+    """-> judge(prompts, completions) -> scores, for prompts that the policy's tokenizer put into this style. Raises
+    ValueError where the reward model would read chat markup that it does not know."""
+    reward_model, own = load_reward_model(directory, dtype=dtype, device=device)
+    if style == "chat" and own.chat_template != tokenizer.chat_template:
+        raise ValueError(f"got {directory} with another chat template than the policy's, whose prompts it would read; "
+                         "expected the same: train it with preference.py --model on a checkpoint of that family")
+    return partial(preference_scores, reward_model, own, style=style)
 
 
 def read_pairs(path: str, tokenizer, context: int, style: str = "tiny") -> list[dict]:

@@ -229,8 +229,8 @@ def main() -> None:
                 raise ValueError(f"got {flag} {name!r}, expected a stage: {', '.join(names)}")
         if not config.list:
             check_device(config.device)
-            distill.check_beforehand(config, config.puzzles, config.model)
             check_stages([stage for stages in runs.values() for stage in stages])
+            distill.check_beforehand(config, config.puzzles, config.model)
         for seed, stages in runs.items():
             folder = Path(config.out) / f"seed{seed}"
             for number, stage in enumerate(stages, 1):

@@ -33,7 +33,7 @@ from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
 from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
 from machinery.tasks import as_dict, find_tasks, shares
-from machinery.text import check_style_fits, encode_prompts
+from machinery.text import check_room, check_style_fits
 from rewards import ONLY_IN, chain_of_thought, language_reward
 from sampling import Completion, complete
 from sft import Config as SftConfig
@@ -122,10 +122,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
              for problem in task.problems(count, "train", config.seed)]
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
-    longest = max(map(len, encode_prompts(tokenizer, prompts, config.style)))
-    if longest + config.max_new_tokens > model.config.context:
-        raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, together "
-                         f"more than the model's context of {model.config.context}; lower --max-new-tokens")
+    check_room(tokenizer, prompts, config.style, config.max_new_tokens, model.config.context)
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
     rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
     for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):

@@ -34,7 +34,6 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -58,8 +57,8 @@ from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_o
 from machinery.rollouts import KEPT, Rollout, collect
 from machinery.run_folder import append_jsonl, create_run
 from machinery.tasks import Task, draw_problems, find_tasks, score_completions, shares
-from machinery.text import check_style_fits, encode_prompts
-from preference import load_reward_model, preference_scores
+from machinery.text import check_room, check_style_fits
+from preference import load_judge
 from rewards import ONLY_IN
 from sampling import complete
 
@@ -239,16 +238,9 @@ def start(config: Config):
         prompts += [task.prompt(problem, config.style, run.tokenizer) for task in tasks
                     for problem in getattr(task.seam, "rows", {}).get("train", ())]  # of a file: all
         if any("preference" in task.weights for task in tasks):
-            reward_model, its_tokenizer = load_reward_model(config.preference, dtype=DTYPES[config.dtype], device=run.device)
-            if config.style == "chat" and its_tokenizer.chat_template != run.tokenizer.chat_template:
-                raise ValueError(f"got {config.preference} with another chat template than {config.model}, whose prompts it "
-                                 "would read; expected the same: train it with preference.py --model on the same family")
-            judge = partial(preference_scores, reward_model, its_tokenizer, style=config.style)
-        longest = max(map(len, encode_prompts(run.tokenizer, prompts, config.style)))
-        if longest + config.max_new_tokens > run.policy.config.context:
-            raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {config.max_new_tokens}, "
-                             f"together more than the model's context of {run.policy.config.context}; "
-                             "lower --max-new-tokens")
+            judge = load_judge(config.preference, run.tokenizer, config.style, dtype=DTYPES[config.dtype],
+                               device=run.device)
+        check_room(run.tokenizer, prompts, config.style, config.max_new_tokens, run.policy.config.context)
         # what a resumed run reads anew has to be what it was: task files, judge, reference, what adapters stand on
         first = [config.model] * bool(config.kl_coef or config.lora_rank)
         files = [task.spec for task in (*tasks, *evaluated_tasks(config)) if task.spec.endswith((".py", ".jsonl"))]

@@ -8,7 +8,6 @@ what was tried and what is refused.
 import copy
 import errno
 import json
-import math
 import os
 import shutil
 import time
@@ -17,15 +16,13 @@ from pathlib import Path
 
 import torch
 
-from machinery.data import READ, beside_scripts
+from machinery.data import READ, beside_scripts, short
 from machinery.notes import note
-from machinery.text import decode
+from machinery.text import read_tokenizer
 from model import FAMILIES, Model, rotary_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLOW = 3  # times: bf16 halves memory, and whoever needs that may pay as much
-# token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
-PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
 RESAVED = ("transformers' AutoModelForCausalLM.from_pretrained({0}).save_pretrained(OUT), and the same of AutoTokenizer, "
            "write what is read here")
 OTHER_FORMATS = {  # files in place of model.safetensors: what they are, and what to do
@@ -261,10 +258,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def shards(directory: Path) -> list[str]:
     """The names of the weight files; where one file and an index are there, the one file, as transformers chooses."""
     index = directory / "model.safetensors.index.json"
@@ -306,43 +299,6 @@ def read_directory(directory: Path):
                          f"{hf_config.vocab_size:,} rows: {len(beyond)} tokens ({', '.join(beyond[:3])}) have none. They "
                          "were added without model.resize_token_embeddings(len(tokenizer)); do that, and save both")
     return hf_config, generation_config, tokenizer, read_weights(directory)
-
-
-def read_tokenizer(directory: Path, vocab_size: float = math.inf):
-    """As AutoTokenizer reads it, and where that gives other token ids than tokenizer.json itself, or adds tokens of its own
-    for which an embedding of vocab_size has no room, as tokenizer.json says."""
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path, tokenizer_config = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    try:
-        itself = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ValueError(f"got {path}, which this version of tokenizers cannot read ({short(error)}); it may be of a "
-                         "newer one, or broken: update transformers, or copy it again") from None
-    itself.no_truncation()
-    itself.no_padding()
-    expected = itself.encode(PROBE, add_special_tokens=False).ids
-    problem = ""
-    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
-        try:
-            tokenizer = reader.from_pretrained(directory, trust_remote_code=False)
-            ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-            own = set(tokenizer.get_vocab().items()) - set(itself.get_vocab().items())
-            listed = tokenizer_config.read_text(encoding="utf-8") if tokenizer_config.exists() else ""
-            if invented := [name for name, i in own if i >= vocab_size and json.dumps(name, ensure_ascii=False) not in listed]:
-                problem = problem or f"AutoTokenizer adds {invented[0]}"
-                continue
-            if ids == expected and decode(tokenizer, [ids])[0] == itself.decode(ids, skip_special_tokens=False):
-                if problem:
-                    note(f"{directory}: {problem}; its tokenizer.json is used as it is")
-                return tokenizer
-            problem = problem or (f"AutoTokenizer reads other tokens ({tokenizer.convert_ids_to_tokens(ids)[:4]} ...) than its "
-                                  f"tokenizer.json ({tokenizer.convert_ids_to_tokens(expected)[:4]} ...)")
-        except Exception as error:  # code of its own, a missing library, a broken field
-            problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {short(error)})"
-    raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what "
-                     "tokenizer.json says. See tokenizer_class in tokenizer_config.json")
 
 
 def read_weights(directory: Path) -> dict:

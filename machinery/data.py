@@ -55,6 +55,11 @@ def read_jsonl(path) -> list[dict]:
     return rows
 
 
+def short(error: Exception) -> str:
+    """Of another library's error, what fits into our line."""
+    return " ".join(str(error).split())[:200]
+
+
 def beside_scripts(path) -> Path:
     """The path; what is not there, as models/tiny-base in another folder than this repository, beside the scripts."""
     path, here = Path(path), Path(__file__).resolve().parent.parent

@@ -4,13 +4,19 @@ A completion begins where its prompt ends. So where a prompt ends in <think>, th
 prompt's, are put back before rewards read the completion, and are taken off the completions that sft.py learns from.
 """
 
+import json
+import math
 import re
 import unicodedata
+from pathlib import Path
 
 from countdown import fill_template
+from machinery.data import short
 from machinery.notes import check_unknown, note
 from rewards import END_THINK, THINK
 
+# token ids and the way back are held to tokenizer.json on this text: spaces, digits, other scripts, bytes
+PROBE = "Using the numbers 3, 7 and 12, make 40.\n\nLet's see:  (3 + 7) * 4 = 40?\tGröße, 中文 🙂 yes.\n"
 TINY_UNKNOWN = "<|unknown|>"  # of the tiny base's tokenizer (corpus.py), and of no other
 
 
@@ -46,6 +52,51 @@ def encode_completions(tokenizer, texts: list[str]) -> list[list[int]]:
 def decode(tokenizer, rows: list[list[int]]) -> list[str]:
     """Texts with every space and special token that they have."""
     return tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def read_tokenizer(directory: Path, vocab_size: float = math.inf):
+    """As AutoTokenizer reads it, and where that gives other token ids than tokenizer.json itself, or adds tokens of its own
+    for which an embedding of vocab_size has no room, as tokenizer.json says."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path, tokenizer_config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    try:
+        itself = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"got {path}, which this version of tokenizers cannot read ({short(error)}); it may be of a "
+                         "newer one, or broken: update transformers, or copy it again") from None
+    itself.no_truncation()
+    itself.no_padding()
+    expected = itself.encode(PROBE, add_special_tokens=False).ids
+    problem = ""
+    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            tokenizer = reader.from_pretrained(directory, trust_remote_code=False)
+            ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+            own = set(tokenizer.get_vocab().items()) - set(itself.get_vocab().items())
+            listed = tokenizer_config.read_text(encoding="utf-8") if tokenizer_config.exists() else ""
+            if invented := [name for name, i in own if i >= vocab_size and json.dumps(name, ensure_ascii=False) not in listed]:
+                problem = problem or f"AutoTokenizer adds {invented[0]}"
+                continue
+            if ids == expected and decode(tokenizer, [ids])[0] == itself.decode(ids, skip_special_tokens=False):
+                if problem:
+                    note(f"{directory}: {problem}; its tokenizer.json is used as it is")
+                return tokenizer
+            problem = problem or (f"AutoTokenizer reads other tokens ({tokenizer.convert_ids_to_tokens(ids)[:4]} ...) than its "
+                                  f"tokenizer.json ({tokenizer.convert_ids_to_tokens(expected)[:4]} ...)")
+        except Exception as error:  # code of its own, a missing library, a broken field
+            problem = problem or f"AutoTokenizer cannot read it ({type(error).__name__}: {short(error)})"
+    raise ValueError(f"got a tokenizer in {directory} whose token ids cannot be had: {problem}; expected what "
+                     "tokenizer.json says. See tokenizer_class in tokenizer_config.json")
+
+
+def check_room(tokenizer, prompts: list[str], style: str, max_new_tokens: int, context: int) -> None:
+    """Raises ValueError where the longest prompt and a completion are more than the context holds."""
+    longest = max(map(len, encode_prompts(tokenizer, prompts, style)))
+    if longest + max_new_tokens > context:
+        raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {max_new_tokens}, together more than the "
+                         f"model's context of {context}; lower --max-new-tokens")
 
 
 def opened_thinking(prompt: str) -> str:

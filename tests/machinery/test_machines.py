@@ -233,7 +233,7 @@ def test_few_pairs_are_enough_for_r1():
     (r1, ("--student", "models/no"), ("models/no", "no directory here")),
     (r1, ("--rl-flags", "--group-size 7"), ("group_size 7", "must divide")),
     (r1, ("--device", "tpu"), ("got device 'tpu'",)),
-    (distill, ("--teacher", "no/checkpoint"), ("no/checkpoint", "no directory here")),
+    (distill, ("--teacher", "no/checkpoint"), ("no/checkpoint", "without its input")),
     (distill, ("--teacher", "models/tiny-base", "--n", 20_000), ("n=20000", "ask for fewer")),
     (distill, ("--data", "no.jsonl"), ("no.jsonl", "is it spelt right?")),
     (rejection, ("--model", "models/tiny-base", "--rounds", 2, "--base", "models/no"), ("models/no", "no directory here")),
