@@ -318,6 +318,8 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
                            "logprob_gap_max": distributed.max_over_ranks(gaps)}
         if not math.isfinite(norm):
             break
+    if not tokens:  # nothing was computed, so nothing is known of these
+        averages, first_epoch = {"loss": 0.0}, {}
     return {**first_epoch, **{name: value for name, value in averages.items() if name not in first_epoch},
             "gradient_norm": norm, "learning_rate": learning_rate(run.step, config)}
 

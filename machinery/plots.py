@@ -68,9 +68,12 @@ def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float],
 
 
 def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
-    """One figure of panels against steps. Thin: the step's own training completions; dots: held-out problems."""
+    """One figure of panels against steps. Thin: the step's own training completions; dots: held-out problems. A panel that
+    would show nothing, or nothing but zeros, is left out."""
+    panels = [panel for panel in panels if any(any(series(groups, name)[3]) for groups in lines.values()
+                                               for name in panel[1:3] if name)]
     rows = -(-len(panels) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.1 * rows), constrained_layout=True)
+    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.1 * rows), constrained_layout=True, squeeze=False)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -92,7 +95,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
             axis.set_ylim(-0.03, 1.03) if title != "truncated" else axis.set_ylim(bottom=0)
         else:
             axis.set_ylim(bottom=0)
-    for axis in axes.flat[len(panels) - 4:len(panels)]:
+    for axis in axes.flat[max(0, len(panels) - 4):len(panels)]:
         axis.set_xlabel("step")
     if len(lines) > 3:  # too many for a panel
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))
