@@ -91,18 +91,24 @@ def interrupt(monkeypatch, script, run, rows: int, how: str):
 
 
 # ---------------------------------------------------------------------------------------------------------- RL: the run
+def test_a_step_with_a_gradient_logs_what_it_measured(monkeypatch, base, tmp_path):
+    row = train(monkeypatch, base, tmp_path / "run", kl_coef=0.1, steps=1)[1]
+    assert {"entropy", "logprob_gap", "logprob_gap_max", "clip_frac"} <= row.keys() and row["entropy"] > 0
+
+
 def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, capsys):
     """config.json, metrics.jsonl with a row per step, rollouts.jsonl, curve.png, a checkpoint for AutoModelForCausalLM;
     a last line with pass@1 before and after."""
     monkeypatch.undo()
     run = tmp_path / "run"
     rows = train(monkeypatch, base, run)
+    assert rows[1]["equal_groups"] == 1.0 and rows[1]["gradient_norm"] == 0.0
+    assert not {"entropy", "logprob_gap"} & rows[1].keys()  # no token was trained on: not measured, which is not 0
     assert json.loads((run / "config.json").read_text())["batch_size"] == 16
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
-            "equal_groups", "entropy", "logprob_gap", "logprob_gap_max", "loss", "gradient_norm", "learning_rate",
-            "tokens"} <= rows[1].keys()
+            "equal_groups", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
     assert [row["step"] for row in read_jsonl(run / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16 + [4] * 16
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     model, _ = load(run / "checkpoint")
