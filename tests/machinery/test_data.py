@@ -270,3 +270,20 @@ def test_pairs_that_teach_nothing_and_prompts_on_both_sides_are_counted(base, mo
     preference.main()
     error = capfd.readouterr().err
     assert "note: 3 of the 8 pairs of" in error and "note: 2 of the 2 held-out pairs have a prompt" in error
+
+
+def test_flaws_of_any_type_group_the_report_and_a_reserved_name_is_refused(base, tmp_path):
+    tokenizer = load(base)[1]
+    pairs = [{"prompt": "hi\n", "chosen": "hello", "rejected": "go away", "flaw": flaw} for flaw in (None, 3, ["a"], "rude")]
+    append_jsonl(tmp_path / "a.jsonl", *pairs)
+    assert [pair["flaw"] for pair in preference.read_pairs(tmp_path / "a.jsonl", tokenizer, 99)] == ["all", "3", "['a']", "rude"]
+    append_jsonl(tmp_path / "a.jsonl", pairs[0] | {"flaw": "loss"})
+    with pytest.raises(ValueError, match="a flaw called 'loss'"):
+        preference.read_pairs(tmp_path / "a.jsonl", tokenizer, 99)
+
+
+@pytest.mark.parametrize("n", (20, 300))
+def test_unknown_tokens_of_pairs_are_counted_however_many_there_are(n, base, tmp_path, capfd):
+    append_jsonl(tmp_path / "a.jsonl", *[{"prompt": "hi\n", "chosen": "zz qq", "rejected": "go away"}] * n)
+    preference.read_pairs(tmp_path / "a.jsonl", load(base)[1], 99)
+    assert "of the tokens of" in capfd.readouterr().err
