@@ -188,13 +188,14 @@ def fill_template(question: str | list, style: str = "tiny", tokenizer=None, exa
     come first, for few-shot prompts; in chat style as earlier turns. A question that is a conversation, [{"role",
     "content"}, ...], goes into the chat template whatever the style. reply=False: without the beginning of a reply.
     Raises ValueError where there is no such template, or it refuses the conversation."""
-    if style == "tiny" and isinstance(question, str):
+    style = "chat" if isinstance(question, list) else style
+    if style == "tiny":
         return "".join(f"{example}{text}\n\n" for example, text in examples) + question
-    if style == "base" and isinstance(question, str):
+    if style == "base":
         shots = [BASE_TEMPLATE.format(question=example).removesuffix("<think>") + text + "\n\n"
                  for example, text in examples]
         return "".join(shots) + BASE_TEMPLATE.format(question=question)
-    if style == "chat" or isinstance(question, list):
+    if style == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError("got style 'chat' or a conversation with a tokenizer that has no chat template; "
                              "use style 'base' or a chat checkpoint")

@@ -242,13 +242,13 @@ def start(config: Config):
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
         rows = check_rows(read_jsonl(config.data), config.data, ("prompt", "completion"), "both")
         examples = tokenize(rows, tokenizer, config.data, config.style, generate_ends(model))
-        longest = max((len(prompt) + len(completion) for prompt, completion in examples), default=0)
+        lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+        longest = max(lengths, default=0)
         if not all(prompt for prompt, _ in examples):
             raise ValueError(f"got {config.data}, row {[not prompt for prompt, _ in examples].index(True) + 1}, with a prompt "
                              "of no token, expected at least one to go on from")
         if longest > (context := min(m.config.context for m in (model, teacher) if m)):
-            row = [len(prompt) + len(completion) for prompt, completion in examples].index(longest) + 1
-            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {row}, more than the model's "
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {lengths.index(longest) + 1}, more than the model's "
                              f"context of {context}; leave it out, or make room with --context")
         keys = [prompt_key(row["prompt"], config.style, tokenizer) for row in rows]
         held_out, examples = keep_out(keys, examples, config.eval_rows, config.seed)
@@ -274,7 +274,8 @@ def main() -> None:
     batches = [batch for epoch in range(config.epochs)
                for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
     optimizers = build_optimizers(model, config)
-    step, inputs = 0, {path: fingerprint(path) for path in (config.data, config.teacher) if path}
+    step, inputs = 0, (state or {}).get("inputs")  # of a resumed run they are as they were: check_unchanged
+    inputs = inputs or {path: fingerprint(path) for path in (config.data, config.teacher) if path}
     if state:
         step = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

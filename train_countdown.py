@@ -56,7 +56,7 @@ from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_o
                               trained_source)
 from machinery.rollouts import KEPT, Rollout, collect
 from machinery.run_folder import append_jsonl, create_run
-from machinery.tasks import Task, draw_problems, find_tasks, score_completions, shares
+from machinery.tasks import BUILT_IN, Task, draw_problems, find_tasks, score_completions, shares
 from machinery.text import check_room, check_style_fits
 from preference import load_judge
 from rewards import ONLY_IN
@@ -243,8 +243,8 @@ def start(config: Config):
         check_room(run.tokenizer, prompts, config.style, config.max_new_tokens, run.policy.config.context)
         # what a resumed run reads anew has to be what it was: task files, judge, reference, what adapters stand on
         first = [config.model] * bool(config.kl_coef or config.lora_rank)
-        files = [task.spec for task in (*tasks, *evaluated_tasks(config)) if task.spec.endswith((".py", ".jsonl"))]
-        run.inputs = {path: fingerprint(path) for path in (*files, *first, config.preference) if path}
+        files = [task.spec for task in (*tasks, *evaluated_tasks(config)) if task.spec not in BUILT_IN]
+        run.inputs = run.inputs or {path: fingerprint(path) for path in (*files, *first, config.preference) if path}
         check_style_fits(run.policy, run.tokenizer, config.style, end_tokens(run.policy, run.tokenizer))
         check_learning_rate(run.policy, config.learning_rate, 1e-3 if config.lora_rank else 1e-4)
         if not config.resume:

@@ -278,8 +278,7 @@ def read_directory(directory: Path):
     tokenizer = read_tokenizer(directory, hf_config.vocab_size)
     if "eos_token_id" not in read_json(directory / "config.json"):
         hf_config.eos_token_id = None  # and not the default of a config class, 2 for Llama: nor does generate() take it
-    named = [token for place in (getattr(hf_config, "eos_token_id", None), generation_config.get("eos_token_id"))
-             for token in (place if isinstance(place, list) else [place]) if token is not None]
+    named = listed(hf_config.eos_token_id) + listed(generation_config.get("eos_token_id"))
     if wrong := [token for token in named if type(token) is not int or not 0 <= token < hf_config.vocab_size]:
         raise ValueError(f"got eos_token_id {wrong[0]!r} in config.json or generation_config.json of {directory}, expected "
                          f"numbers of tokens, below {hf_config.vocab_size}")
@@ -325,12 +324,15 @@ def read_weights(directory: Path) -> dict:
     return state
 
 
+def listed(named) -> list:
+    """An eos_token_id as configs have it, which is a number, several, or none."""
+    return [] if named is None else named if isinstance(named, list) else [named]
+
+
 def end_ids(hf_config, generation_config: dict, tokenizer) -> set[int]:
     """All three places count: the tokenizer's EOS, and what the two configs name (chat models name several)."""
-    found = {tokenizer.eos_token_id}
-    for named in (getattr(hf_config, "eos_token_id", None), generation_config.get("eos_token_id")):
-        found |= set(named if isinstance(named, list) else [named])
-    return {token for token in found if isinstance(token, int) and 0 <= token < hf_config.vocab_size}
+    return {*listed(tokenizer.eos_token_id), *listed(hf_config.eos_token_id),
+            *listed(generation_config.get("eos_token_id"))}
 
 
 def end_tokens(model: Model, tokenizer) -> set[int]:
@@ -341,5 +343,5 @@ def end_tokens(model: Model, tokenizer) -> set[int]:
 def generate_ends(model: Model) -> set[int]:
     """Those at which generate() stops, which does not ask the tokenizer: generation_config.json's, if there is one, else
     config.json's."""
-    named = (model.generation_config or {"eos_token_id": model.hf_config.eos_token_id}).get("eos_token_id")
-    return set(named if isinstance(named, list) else [named]) - {None}
+    return set(listed(model.generation_config.get("eos_token_id") if model.generation_config
+                      else model.hf_config.eos_token_id))

@@ -76,6 +76,7 @@ def open_run(config) -> Run:
         run.ref_policy = load(config.model, dtype=DTYPES[config.dtype], device=device)[0]
     if saved:
         run.step, run.started = saved["step"], run.started - 60 * saved["minutes"]
+        run.inputs = saved.get("inputs", {})
         policy.load_state_dict(saved["adapters"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
         if run.ref_policy and saved["ref_model"]:

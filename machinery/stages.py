@@ -69,7 +69,7 @@ class Stage:
     def inputs(self) -> list[str]:
         given = [value for flag, value in zip(self.flags, self.flags[1:]) if flag in INPUT_FLAGS]
         tasks = [name for flag, value in zip(self.flags, self.flags[1:]) if flag == "--task"
-                 for name in re.split("[,=]", value) if name.endswith((".py", ".jsonl"))]
+                 for name in re.split("[,=]", value) if name.lower().endswith((".py", ".jsonl"))]
         return given + tasks
 
 

@@ -74,9 +74,9 @@ def read_tokenizer(directory: Path, vocab_size: float = math.inf):
         try:
             tokenizer = reader.from_pretrained(directory, trust_remote_code=False)
             ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-            own = set(tokenizer.get_vocab().items()) - set(itself.get_vocab().items())
-            listed = tokenizer_config.read_text(encoding="utf-8") if tokenizer_config.exists() else ""
-            if invented := [name for name, i in own if i >= vocab_size and json.dumps(name, ensure_ascii=False) not in listed]:
+            own = [name for name, i in tokenizer.get_vocab().items() if i >= vocab_size and itself.token_to_id(name) != i]
+            listed = tokenizer_config.read_text(encoding="utf-8") if own and tokenizer_config.exists() else ""
+            if invented := [name for name in own if json.dumps(name, ensure_ascii=False) not in listed]:
                 problem = problem or f"AutoTokenizer adds {invented[0]}"
                 continue
             if ids == expected and decode(tokenizer, [ids])[0] == itself.decode(ids, skip_special_tokens=False):
