@@ -179,12 +179,13 @@ def keep_out(keys: list[str], examples: list, n: int, seed: int) -> tuple[list, 
     """-> (n held-out examples or a few more, the rest, shuffled): all with one key, which is their prompt
     (text.prompt_key), are on the same side. A prompt of more than an eighth of n stays in training, as long as there are
     others."""
-    order = list(range(len(examples)))
+    order, rows = list(range(len(examples))), {}
     random.Random(seed).shuffle(order)
-    same_prompt: dict[str, list[int]] = {}
-    for i in order:
-        same_prompt.setdefault(keys[i], []).append(i)
+    for i, key in enumerate(keys):
+        rows.setdefault(key, []).append(i)
+    prompts = list(rows)  # each as likely as any other, however many rows it has
+    random.Random(seed).shuffle(prompts)
     held_out: dict[int, None] = {}
-    for own in sorted(same_prompt.values(), key=lambda own: len(own) > max(1, n // 8)):
-        held_out |= dict.fromkeys(own if len(held_out) < n else [])
+    for prompt in sorted(prompts, key=lambda prompt: len(rows[prompt]) > max(1, n // 8)):
+        held_out |= dict.fromkeys(rows[prompt] if len(held_out) < n else [])
     return [examples[i] for i in held_out], [examples[i] for i in order if i not in held_out]

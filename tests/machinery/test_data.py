@@ -155,6 +155,14 @@ def test_a_frequent_prompt_stays_in_training_as_long_as_there_are_others():
         assert sum(row["prompt"] == "hello" for row in held_out) == hello
 
 
+def test_a_prompt_of_many_rows_is_held_out_no_sooner_than_any_other():
+    """Else the held-out rows of a small corpus would be its greetings, and hardly anything else."""
+    rows = [{"prompt": f"often {i % 5}"} for i in range(200)] + [{"prompt": str(i)} for i in range(1800)]
+    shares = [sum(row["prompt"].startswith("often") for row in keep_out(keys_of(rows), rows, 320, seed)[0]) / 320
+              for seed in range(20)]
+    assert 0.05 < sum(shares) / 20 < 0.18  # a tenth of all rows
+
+
 def test_turns_of_one_conversation_are_on_one_side(stranger):
     _, tokenizer = load(stranger())
     rows = check_rows([{"messages": [{"role": "user", "content": str(i)}, REPLY, AGAIN, REPLY]} for i in range(20)], "x",
