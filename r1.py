@@ -84,7 +84,8 @@ def student_config(config: Config, seed: int) -> distill.Config:
     return distill.Config(
         teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder),
         task=config.task, level=config.level, style=config.style, n=config.puzzles,
-        samples=max(1, config.samples // 2), rl_steps=config.zero_steps, after_steps=config.zero_steps, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
+        samples=max(1, config.samples // 2), rl_steps=config.zero_steps, after_steps=config.zero_steps,
+        rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
         eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
 
 

@@ -248,8 +248,8 @@ def start(config: Config):
             raise ValueError(f"got {config.data}, row {[not prompt for prompt, _ in examples].index(True) + 1}, with a prompt "
                              "of no token, expected at least one to go on from")
         if longest > (context := min(m.config.context for m in (model, teacher) if m)):
-            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {lengths.index(longest) + 1}, more than the model's "
-                             f"context of {context}; leave it out, or make room with --context")
+            raise ValueError(f"got a row of {longest} tokens in {config.data}, row {lengths.index(longest) + 1}, more than "
+                             f"the model's context of {context}; leave it out, or make room with --context")
         keys = [prompt_key(row["prompt"], config.style, tokenizer) for row in rows]
         held_out, examples = keep_out(keys, examples, config.eval_rows, config.seed)
         if not examples or not held_out:

@@ -187,5 +187,7 @@ def keep_out(keys: list[str], examples: list, n: int, seed: int) -> tuple[list, 
     random.Random(seed).shuffle(prompts)
     held_out: dict[int, None] = {}
     for prompt in sorted(prompts, key=lambda prompt: len(rows[prompt]) > max(1, n // 8)):
-        held_out |= dict.fromkeys(rows[prompt] if len(held_out) < n else [])
+        if len(held_out) >= n:
+            break
+        held_out |= dict.fromkeys(rows[prompt])
     return [examples[i] for i in held_out], [examples[i] for i in order if i not in held_out]
