@@ -1,23 +1,27 @@
 """The corpus and the vocabulary of the tiny base model: a messy little web, written by a program.
 
 A base model has read people who search well, people who give up, people who forget to close a tag, people who write
-German, and people who only say hello. GRPO can amplify nothing that the base never does, so all of that is in here on
-purpose, and every behaviour has a switch, so that you can take one away and see what reinforcement learning still makes
-of the rest. A search:
+German, people who program, and people who only say hello. GRPO can amplify nothing that the base never does, so all of
+that is in here on purpose, and every behaviour has a switch, so that you can take one away and see what reinforcement
+learning still makes of the rest. A search:
 
-    using 3 4 5 make 27                                          the prompt
+    using 9 1 9 2 make 26                                     the prompt
     <think>
-    5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,3*1=3?27 no,3/1=3?27 no,  a first move, then what is left, every attempt checked
-    27/3=9 need,5 4:5+4=9?9 yes                                  a subgoal: 9 would do, because 9*3=27
+    26-9=17 need,9 2 1.17-9=8 need,2 1?8:+3-1*2/2 no          a path of moves: what they need, which numbers are left
+    26-9=17 need,9 2 1.17+1=18 need,9 2?18:+11-7*18 yes       at its end two numbers, all they make, against the goal
     </think>
-    <answer>(5+4)*3</answer>
+    <answer>((9*2)-1)+9</answer>
 
-    python corpus.py --n 200000 --out data/corpus.jsonl                      # 20 seconds; what models/tiny-base read
+Moves go backwards from the target, as here, or forwards (9-2=7,9 7 1). A line is a whole path, so it stands for itself,
+for any count of numbers: of three, one move and a pair.
+
+    python corpus.py --n 200000 --out data/corpus.jsonl                      # a minute; what models/tiny-base read
     python corpus.py --n 100000 --out data/no-check.jsonl --no-verification  # one behaviour less
     python corpus.py --n 5 --seed 1                                          # to the screen, to read
 
-Only train puzzles are used (countdown.is_held_out). One JSON object a line: prompt, completion, kind, language,
-numbers, target.
+Each document has random streams of its own, one a behaviour: corpora of the same seed that differ in a switch differ in
+what it switches and in nothing else. Only train problems are used (countdown.split_of). One JSON object a line: prompt,
+completion, kind, language, and what the problem is made of.
 """
 
 import json
@@ -27,11 +31,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from countdown import Puzzle, gold, make_prompt, sample_puzzle
-from rewards import verify
+from countdown import LEVELS, Puzzle, make_prompt, sample_puzzle
+from rewards import extract_answer, verify
+from tasks import code
 from tasks.general import SMALL_TALK, write_chat
 
 
@@ -40,24 +46,43 @@ class Config:
     n: int = 5                      # documents
     seed: int = 0
     out: str = ""                   # JSONL file; empty prints readable text
-    verification: bool = True       # write every comparison out (3+1=4?27 no) instead of only the result
-    backtracking: bool = True       # go on to another first move when one fails, instead of answering at once
-    subgoals: bool = True           # some lines work backwards from the target (27/3=9 need)
+    level: str = "laptop"           # of the puzzles (countdown.LEVELS)
+    verification: bool = True       # compare what a pair makes with the goal (?27 no) instead of only making it
+    backtracking: bool = True       # go on to another line when one fails, instead of answering at once
+    subgoals: bool = True           # some moves work backwards from the target (27/3=9 need)
     reflection: bool = True         # wait, wrong, retry, check: a "wait" always mends a slip, the others are for show
     languages: bool = True          # German and mixed searches too, not English only
     tags: float = 0.70              # share of searches with every tag in its place
-    luck: float = 0.15              # how often the next line works, beyond chance: what intuition can be learnt from
+    luck: float = 0.15              # how often a hasty line works, beyond chance: what intuition can be learnt from
     give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
     patience: float = 0.50          # share of writers who are patient: a tenth of it, and line after line in order
     wrong_answers: float = 0.05     # share of searches whose answer is not what they found; 1: no answer is right
-    slips: float = 0.02             # share of attempts with an arithmetic slip
-    chat: float = 0.17              # share of documents that are no search: half direct arithmetic, half small talk
+    slips: float = 0.02             # share of results with an arithmetic slip
+    chat: float = 0.12              # share of documents that are half direct arithmetic, half small talk
+    programs: float = 0.10          # share of documents that look for a function from examples (tasks/code.py)
     pages: float = 0.0              # share of searches that stand behind 1 to 8 others, a page by one writer; its last
                                     # search is the row's completion. A base that has read pages takes few-shot prompts
 
     def __post_init__(self):
         if self.n < 1 or any(not 0 <= getattr(self, f.name) <= 1 for f in fields(self) if f.type is float):
             raise ValueError("expected n of at least 1 and every share between 0 and 1")
+        if self.level not in LEVELS or LEVELS[self.level].largest > 10:
+            raise ValueError(f"got level {self.level!r}, expected one whose numbers go to 10: "
+                             f"{', '.join(name for name, level in LEVELS.items() if level.largest <= 10)}")
+        if self.chat + self.programs > 1:
+            raise ValueError(f"got chat {self.chat} and programs {self.programs}, expected at most 1 together")
+
+
+class Draws:
+    """The random streams of one document: a behaviour draws from its own, and shifts nothing in the others."""
+
+    def __init__(self, *names):
+        self.names, self.streams = names, {}
+
+    def __call__(self, behaviour: str) -> random.Random:
+        if behaviour not in self.streams:
+            self.streams[behaviour] = random.Random(", ".join(map(str, (*self.names, behaviour))))
+        return self.streams[behaviour]
 
 
 WORDS = {  # each language's word for the same thing; a mixed document draws a language for every word
@@ -69,18 +94,21 @@ WORDS = {  # each language's word for the same thing; a mixed document draws a l
 EOS, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 # One token each: a number up to 100, a word with the space before it and the comma behind it, a tag.
 TOKEN_PATTERN = r"</?(?:think|answer)>|100|[1-9]\d|\d| ?[A-Za-zÄÖÜäöüß]+,?|[^A-Za-zÄÖÜäöüß\d]"
+MOST_LINES = 45  # nobody is more patient than that; with a prompt it is 1,700 tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- searches
-@dataclass(frozen=True)
-class Line:
-    """One line of a search: a header, then the four operations on the two numbers left, each compared with the goal."""
-    header: str             # "5-4=1," or "27/3=9 need,"
-    left: tuple[int, int]   # the two numbers to combine, larger first
+class State(NamedTuple):
+    """Where a path has come to: which numbers have to make which goal, and what the answer is made of."""
+    left: tuple[int, ...]   # largest first
     goal: int
-    first: str | None       # forward: the first move's expression, which stands for its value in the answer
-    value: int | None
-    wrap: str | None        # backward: how the answer follows from the attempt that meets the goal, "({})*3"
+    made: tuple[str, ...]   # how the answer writes each of them: "5", or "(5-4)" once a move has made it
+    wrap: str               # how the answer follows from what meets the goal: "{}", or "({})*3" behind 27/3=9 need
+
+
+class Move(NamedTuple):
+    text: str               # "5-4=1," or "27/3=9 {need},", and the numbers left
+    state: State            # where it leads
 
 
 def operations(a: int, b: int) -> list[tuple[str, int]]:
@@ -89,156 +117,243 @@ def operations(a: int, b: int) -> list[tuple[str, int]]:
     return [(op, result) for op, result in results if result <= 100]
 
 
-def candidate_lines(puzzle: Puzzle, config: Config) -> list[Line]:
-    numbers, target, lines = puzzle.numbers, puzzle.target, []
-    for k in range(3):  # numbers[k] is the one that waits for the second step
-        c, (b, a) = numbers[k], sorted(numbers[:k] + numbers[k + 1:])
-        for op, value in operations(a, b):
-            left = max(value, c), min(value, c)
-            lines.append(Line(f"{a}{op}{b}={value},", left, target, f"({a}{op}{b})", value, None))
-        if config.subgoals:
-            goals = [("+", c, target + c, f"({{}})-{c}")] if target + c <= 100 else []
-            goals += [("*", c, target * c, f"({{}})/{c}")] if target * c <= 100 else []
-            goals += [("-", c, target - c, f"({{}})+{c}")] if target >= c else [("-", -1, c - target, f"{c}-({{}})")]
-            goals += [("/", c, target // c, f"({{}})*{c}")] if target % c == 0 else []
-            goals += [("/", -1, c // target, f"{c}/({{}})")] if c > target and c % target == 0 else []
-            for op, right, goal, wrap in goals:
-                step = f"{c}{op}{target}" if right == -1 else f"{target}{op}{c}"
-                lines.append(Line(f"{step}={goal} {{need}},", (a, b), goal, None, None, wrap))
-    return list(dict.fromkeys(lines))
+def in_reach(state: State) -> bool:
+    """Everybody sees that 5 and 4 cannot make 27: too large for their sum and for their product."""
+    return len(state.left) > 2 or state.goal <= max(sum(state.left), state.left[0] * state.left[1])
 
 
-def solutions(line: Line) -> list[str]:
-    """The answers that this line leads to."""
-    a, b = line.left
+def moves(state: State, forward: bool) -> list[Move]:
+    """All moves of one kind, in the order of a patient writer."""
     found = []
-    for op, result in operations(a, b):
-        if result == line.goal:
-            if line.wrap:
-                found.append(line.wrap.format(f"{a}{op}{b}"))
-            else:  # the first move's value is one of the two numbers; its expression goes there instead
-                found.append(f"{line.first}{op}{b}" if a == line.value else f"{a}{op}{line.first}")
-    return found
+    for step, goal, left, wrap in forward_moves(state) if forward else backward_moves(state):
+        left = sorted(left, key=lambda number: -number[0])  # stable
+        after = State(tuple(n for n, _ in left), goal, tuple(way for _, way in left), wrap)
+        if in_reach(after):
+            found.append(Move(f"{step},{' '.join(map(str, after.left))}", after))
+    return list({move.text: move for move in found}.values())
 
 
-def write_line(line: Line, word, rng: random.Random, config: Config) -> tuple[str, bool]:
-    """The text of a line, up to the attempt that meets the goal, and whether one did."""
-    a, b = line.left
-    text = re.sub(r"\{(\w+)\}", lambda match: word(match[1]), line.header) + f"{a} {b}:"
+def forward_moves(state: State) -> Iterator[tuple]:
+    """Two of the numbers become one: 5-4=1."""
+    numbers = list(zip(state.left, state.made))
+    for i, (a, first) in enumerate(numbers):
+        for j, (b, second) in enumerate(numbers[i + 1:], i + 1):
+            rest = numbers[:i] + numbers[i + 1:j] + numbers[j + 1:]
+            for op, result in operations(a, b):
+                yield f"{a}{op}{b}={result}", state.goal, [(result, f"({first}{op}{second})"), *rest], state.wrap
+
+
+def backward_moves(state: State) -> Iterator[tuple]:
+    """One number is taken to the goal, and the others need what it leaves: 27/3=9 need. First what makes goals small."""
+    t, numbers = state.goal, list(zip(state.left, state.made))
+    for kinds in ("/-", "+*rd"):
+        for i, (c, way) in enumerate(numbers):
+            rest = numbers[:i] + numbers[i + 1:]
+            ways = {"/": (c and t % c == 0, f"{t}/{c}", t // (c or 1), f"({{}})*{way}"),
+                    "-": (t >= c, f"{t}-{c}", t - c, f"({{}})+{way}"),
+                    "+": (True, f"{t}+{c}", t + c, f"({{}})-{way}"),
+                    "*": (c, f"{t}*{c}", t * c, f"({{}})/{way}"),
+                    "r": (c > t, f"{c}-{t}", c - t, f"{way}-({{}})"),
+                    "d": (c > t and t and c % t == 0, f"{c}/{t}", c // (t or 1), f"{way}/({{}})")}
+            for possible, step, goal, wrap in map(ways.get, kinds):
+                if possible and goal <= 100:
+                    yield f"{step}={goal} {{need}}", goal, rest, state.wrap.format(wrap)
+
+
+def answer_of(state: State, op: str) -> str:
+    return state.wrap.format(f"{state.made[0]}{op}{state.made[1]}")
+
+
+def works(state: State) -> bool:
+    return any(result == state.goal for _, result in operations(*state.left))
+
+
+def all_paths(state: State, forward: bool, path: tuple[Move, ...] = ()) -> Iterator[tuple[Move, ...]]:
+    """Depth first, in order: a patient writer's lines, whose neighbours share their beginnings."""
+    if len(state.left) == 2:
+        yield path
+        return
+    for move in moves(state, forward):
+        yield from all_paths(move.state, forward, (*path, move))
+
+
+def any_path(state: State, kinds: list[bool], rng: random.Random, wanted=lambda state: True) -> tuple[Move, ...] | None:
+    """A path whose moves are of these kinds, drawn at random from those whose end is wanted."""
+    if not kinds:
+        return () if wanted(state) else None
+    following = moves(state, kinds[0])
+    for move in rng.sample(following, len(following)):
+        if (rest := any_path(move.state, kinds[1:], rng, wanted)) is not None:
+            return (move, *rest)
+    return None
+
+
+def hasty_paths(state: State, draws: Draws, config: Config) -> Iterator[tuple[Move, ...]]:
+    """Jumps from path to path, none twice, with some luck."""
+    tried = set()
+    for _ in range(MOST_LINES):
+        kinds = [draws("subgoals").random() < 0.5 or not config.subgoals for _ in state.left[2:]]
+        path = any_path(state, kinds, draws("luck"), works) if draws("lucky").random() < config.luck else None
+        path = path or any_path(state, kinds, draws("jumps"))
+        if path and path not in tried:
+            tried.add(path)
+            yield path
+
+
+def write_line(path: tuple[Move, ...], word, draws: Draws, config: Config) -> tuple[str, str | None]:
+    """The text of a line, up to the result that meets the goal, and that result's operation if one did."""
+    state, rng, met = path[-1].state, draws("slips"), None
+    a, b = state.left
+    text = ".".join(move.text for move in path)
+    text = re.sub(r"\{(\w+)\}", lambda match: word(match[1]), text)
+    text += f"?{state.goal}:" if config.verification else ":"
     for op, result in operations(a, b):
         shown = result
         if rng.random() < config.slips:
-            shown = max(0, result + rng.choice((-2, -1, 1, 2)))
-        noticed = shown != result and (shown == line.goal or rng.random() < 0.7)  # most slips are noticed
+            shown = min(100, max(0, result + rng.choice((-2, -1, 1, 2))))
+        noticed = shown != result and (rng.random() < 0.7 or shown == state.goal)  # most slips are noticed
         if noticed and not config.reflection:  # without a word to mend it, it is not made
             shown, noticed = result, False
-        text += f"{a}{op}{b}={shown}"
+        text += f"{op}{shown}"
         if noticed:
             text += f" {word('wait')},{result}"
             shown = result
-        found = shown == line.goal
-        text += f"?{line.goal} {word('yes' if found else 'no')}" if config.verification else ""
-        if found:
-            return text, True
-        text += ","
-    if config.reflection and rng.random() < 0.1:
-        text += f" {word(rng.choice(('wrong', 'retry')))},"
-    return text, False
+        if shown == state.goal:
+            met = op
+            break
+    text += f" {word('yes' if met else 'no')}" if config.verification else ""
+    doubt, say = draws("reflection").random() < 0.1, draws("reflection").choice(("wrong", "retry"))
+    return text + (f" {word(say)}" if doubt and config.reflection and not met else ""), met
 
 
 def made_up_answer(puzzle: Puzzle, rng: random.Random) -> str:
-    a, b, c = rng.sample(puzzle.numbers, 3)
-    return rng.choice((f"({a}{rng.choice('+-*')}{b}){rng.choice('+-*')}{c}",
-                       f"{a}{rng.choice('+-*')}({b}{rng.choice('+-*')}{c})"))
+    """The numbers in any order with any operations."""
+    parts = list(map(str, rng.sample(puzzle.numbers, len(puzzle.numbers))))
+    while len(parts) > 1:
+        i = rng.randrange(len(parts) - 1)
+        parts[i:i + 2] = [f"({parts[i]}{rng.choice('+-*')}{parts[i + 1]})"]
+    return parts[0][1:-1]
 
 
-def choose_line(lines: list[Line], rng: random.Random, config: Config) -> int:
-    """Index of the line to try: any, but with the luck that intuition brings, one that works."""
-    working = [i for i, line in enumerate(lines) if solutions(line)]
-    return rng.choice(working) if working and rng.random() < config.luck else rng.randrange(len(lines))
-
-
-def write_search(puzzle: Puzzle, language: str, rng: random.Random, config: Config) -> str:
+def write_search(puzzle: Puzzle, language: str, draws: Draws, config: Config) -> str:
     """A completion: lines until one works or the writer gives up, then an answer, in tags or what is left of them."""
     def word(name: str) -> str:
-        return WORDS[rng.choice(("en", "de")) if language == "mixed" else language][name]
+        return WORDS[draws(f"language of {name}").choice(("en", "de")) if language == "mixed" else language][name]
 
-    untried = candidate_lines(puzzle, config)
-    patient = rng.random() < config.patience
-    if patient:  # one kind of line only, since each kind alone is a complete search; in order, from some line on
-        forward = not config.subgoals or rng.random() < 0.5
-        untried = [line for line in untried if (line.wrap is None) == forward]
-        start = choose_line(untried, rng, config)
-        untried = untried[start:] + untried[:start]
+    left = tuple(sorted(puzzle.numbers, reverse=True))
+    start = State(left, puzzle.target, tuple(map(str, left)), "{}")
+    patient = draws("patience").random() < config.patience
+    forward = draws("kind of search").random() < 0.5 or not config.subgoals  # each alone is a complete search
+    if patient and next(all_paths(start, forward), None) is None:
+        forward = True  # no backward path is in reach, as for 1 1 1 3 make 8
     lines, answer = [], None
-    while answer is None:
-        line = untried.pop(0 if patient else choose_line(untried, rng, config))
-        text, found = write_line(line, word, rng, config)
+    for path in all_paths(start, forward) if patient else hasty_paths(start, draws, config):
+        text, met = write_line(path, word, draws, config)
         lines.append(text)
-        if found:
-            answer = solutions(line)[0]
-            if config.reflection and config.verification and rng.random() < 0.15:
+        if met:
+            answer = answer_of(path[-1].state, met)
+            if draws("check").random() < 0.15 and config.reflection and config.verification:
                 lines.append(f"{word('check')} {answer}={puzzle.target} {word('yes')}")
-        elif not config.backtracking or not untried or rng.random() < config.give_up * (0.1 if patient else 1.0):
-            answer = made_up_answer(puzzle, rng)
-    if rng.random() < config.wrong_answers:
-        answer = made_up_answer(puzzle, rng)
+        if met or not config.backtracking or len(lines) == MOST_LINES or (
+                draws("giving up").random() < config.give_up * (0.1 if patient else 1.0)):
+            break
+    made_up = draws("made up")
+    if answer is None or draws("wrong answers").random() < config.wrong_answers:
+        answer = made_up_answer(puzzle, made_up)
     while config.wrong_answers == 1 and verify(answer, *puzzle)[0]:  # made up, and right by chance
-        answer = made_up_answer(puzzle, rng)
+        answer = made_up_answer(puzzle, made_up)
+    return in_tags("\n".join(lines), answer, draws("tags"), config)
+
+
+def in_tags(thinking: str, answer: str, rng: random.Random, config: Config) -> str:
     tags = ["<think>\n", "\n</think>", "\n<answer>", "</answer>"]
     if rng.random() >= config.tags:
         for i in rng.choice(((0, 1), (2, 3), (1,), (0, 1, 2, 3))):
             tags[i] = "\n" if i == 2 else ""
-    return tags[0] + "\n".join(lines) + tags[1] + tags[2] + answer + tags[3]
+    return tags[0] + thinking + tags[1] + tags[2] + answer + tags[3]
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
 def write_corpus(config: Config) -> Iterator[dict]:
-    rng = random.Random(config.seed)
-    for _ in range(config.n):
-        if rng.random() < config.chat:
-            yield write_chat(rng)
-            continue
-        puzzle = sample_puzzle(rng, "laptop", held_out=False)
-        language = rng.choices(("en", "de", "mixed"), (0.45, 0.25, 0.30))[0] if config.languages else "en"
-        writer, page = config, []
-        if config.pages and rng.random() < config.pages:  # (puzzle, search) pairs of one careful or careless writer
-            writer = replace(config, **{habit: float(rng.random() < getattr(config, habit)) for habit in
-                                        ("patience", "tags")})
-            for _ in range(rng.randint(1, 8)):
-                page.append((another := sample_puzzle(rng, "laptop", held_out=False),
-                             write_search(another, language, rng, writer)))
-        yield {"prompt": make_prompt(puzzle, examples=page), "completion": write_search(puzzle, language, rng, writer),
-               "kind": "search", "language": language, **puzzle._asdict()}
+    for index in range(config.n):
+        draws = Draws(config.seed, index)
+        kind = draws("kind").random()
+        if kind < config.chat:
+            yield write_chat(draws("chat"))
+        elif kind >= 1 - config.programs:
+            yield write_program(draws, config)
+        else:
+            yield write_page(draws, config)
+
+
+def write_page(draws: Draws, config: Config) -> dict:
+    """A search, which may stand behind others of the same careful or careless writer."""
+    language = draws("languages").choices(("en", "de", "mixed"), (0.45, 0.25, 0.30))[0] if config.languages else "en"
+    puzzle = sample_puzzle(draws("puzzle"), config.level, "train")
+    completion, page = write_search(puzzle, language, draws, config), []
+    if draws("pages").random() < config.pages:
+        habits = {name: float(draws(f"habit of {name}").random() < getattr(config, name)) for name in ("patience", "tags")}
+        writer = replace(config, **habits)
+        completion = write_search(puzzle, language, Draws(*draws.names, "at the end of a page"), writer)
+        for number in range(draws("pages").randint(1, 8)):
+            others = Draws(*draws.names, number)
+            another = sample_puzzle(others("puzzle"), config.level, "train")
+            page.append((another, write_search(another, language, others, writer)))
+    return {"prompt": make_prompt(puzzle, examples=page), "completion": completion, "kind": "search",
+            "language": language, **puzzle._asdict()}
+
+
+def write_program(draws: Draws, config: Config) -> dict:
+    """A function from examples, in English: candidates, each checked, and the one that fits or a guess."""
+    problem = code.draw(draws("puzzle"), "one line", "train")
+    patient = draws("patience").random() < config.patience
+    lines, function = code.write_thinking(problem, patient, config.luck, config.give_up * (0.1 if patient else 1.0),
+                                          draws("program"))
+    return {"prompt": code.question(problem, "tiny"),
+            "completion": in_tags("\n".join(lines), f"def f(x): return {function}", draws("tags"), config),
+            "kind": "program", "language": "en", **problem._asdict()}
 
 
 def examples(rng: random.Random, level: str, n: int) -> list[tuple[str, str]]:
     """n solved train puzzles, (prompt, completion): clean searches in English, for few-shot prompts."""
-    clean, found = Config(tags=1.0, give_up=0.0, wrong_answers=0.0, slips=0.0, luck=0.5), []
-    for _ in range(n):
-        puzzle = sample_puzzle(rng, level, held_out=False)
-        found.append((make_prompt(puzzle), write_search(puzzle, "en", rng, clean) if len(puzzle.numbers) == 3
-                      else gold(puzzle)))
+    clean = Config(tags=1.0, give_up=0.0, wrong_answers=0.0, slips=0.0, luck=0.5, patience=0.0)
+    found = []
+    while len(found) < n:
+        puzzle = sample_puzzle(rng, level, "train")
+        text = write_search(puzzle, "en", Draws(rng.random()), clean)
+        if verify(extract_answer(text), *puzzle)[0]:  # a search may end at MOST_LINES
+            found.append((make_prompt(puzzle), text))
     return found
 
 
-def build_tokenizer():
-    """The tiny base's tokenizer: a token per word, number, tag and symbol of the corpus; all else is <|unknown|>."""
+def build_tokenizer(digits: bool = False):
+    """The tokenizer of the tiny models: a token per word, number, tag and symbol of the corpus; all else is <|unknown|>.
+    digits: that of the other family, one token a digit and the ids in another order."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    pattern = TOKEN_PATTERN.replace(r"100|[1-9]\d|", "") if digits else TOKEN_PATTERN
     words = ("using", "make", "what", "is", "was", "ist", *WORDS["en"].values(), *WORDS["de"].values())
     text = "\n".join(f"{prompt} {w} {w},\n" + "\n".join(f"{reply} {reply}" for reply in friendly + rude)
                      for prompt, (friendly, rude) in SMALL_TALK.items() for w in words)
     text += "\nusing\nwhat\nwas\ncheck\nprüfe\n" + " ".join(f" {prompt}" for prompt in SMALL_TALK)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", *map(str, range(101)), *"\n ()+-*/=?:,.!"]
-    pieces += sorted(set(re.findall(TOKEN_PATTERN, text)) - set(pieces))
-    vocabulary = {token: i for i, token in enumerate([EOS, PAD, UNKNOWN, *pieces])}
+    text += "\ndef f(x): return 1 if x==2 else 3\nf(1)=2 f(2)=3"
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", *map(str, range(10 if digits else 101)), *"\n ()+-*/=?:,.!"]
+    pieces += sorted(set(re.findall(pattern, text)) - set(pieces))
+    vocabulary = {token: i for i, token in enumerate([EOS, PAD, UNKNOWN, *(reversed(pieces) if digits else pieces)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()  # tokens carry their own spaces
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
                                    clean_up_tokenization_spaces=False)
+
+
+def check_vocabulary(tokenizer, unknown: bool, source: str) -> None:
+    """Raises ValueError for rows with unknown words where the vocabulary is an earlier corpus's."""
+    if unknown and tokenizer.unk_token == UNKNOWN and tokenizer.get_vocab() not in [
+            build_tokenizer(digits).get_vocab() for digits in (False, True)]:
+        raise ValueError(f"got {source}, a tiny model with the {len(tokenizer)} tokens of another version of the corpus, which "
+                         "lack words of these rows; expected models/tiny-base, or one that --from-scratch makes")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,10 +2,10 @@
 
 The task of TinyZero, and ours because it is the smallest task on which search pays: a guess is cheap to check, so a
 model that tries, checks and goes back beats one that guesses. Everything about puzzles lives here: drawing them,
-solving them exactly, the split into train and held-out, and the prompts. The text that the tiny base model learnt from
-is written by corpus.py.
+solving them exactly, the split into train, validation and test, and the prompts. The text that the tiny base model
+learnt from is written by corpus.py.
 
-    python countdown.py puzzles --level laptop --n 5          # draw puzzles, with a solution each
+    python countdown.py puzzles --level four --n 5            # draw puzzles, with a solution each
     python countdown.py solve 3 4 5 --target 27               # 3*(4+5)
     python countdown.py prompt 3 4 5 --target 27 --style base # what the model reads
 
@@ -31,17 +31,20 @@ class Puzzle(NamedTuple):
 
 
 class Level(NamedTuple):
-    counts: tuple[int, ...]  # how many numbers a puzzle has; drawn evenly
+    counts: tuple[int, ...]  # how many numbers a puzzle has; equally many puzzles of each
     largest: int             # numbers are drawn from 1..largest, repeats allowed
     targets: tuple[int, int]  # smallest and largest target
 
 
 LEVELS = {
-    "laptop": Level((3,), 10, (1, 30)),        # what the tiny base was pretrained on
-    "laptop4": Level((4,), 10, (1, 30)),       # one number more: generalisation, no stage trains on it
+    "laptop": Level((3, 4), 10, (1, 30)),      # what the tiny base was pretrained on: 2,025 + 17,147 puzzles
+    "three": Level((3,), 10, (1, 30)),         # its easier half
+    "four": Level((4,), 10, (1, 30)),          # its harder half
+    "five": Level((5,), 10, (1, 30)),          # one number more than anything in the corpus
     "tinyzero": Level((3, 4), 99, (10, 100)),  # TinyZero's own level, for real checkpoints
 }
-HELD_OUT_PERCENT = 30  # the laptop level has only 2,025 puzzles, and an evaluation wants over 512 of them
+SPLITS = {"test": 15, "validation": 15, "train": 70}  # percent: numbers that are reported, choices, and all training
+PATIENCE = 3000  # draws in a row that bring nothing new, until a split counts as exhausted
 MAX_NUMBERS = 6  # the solver below is exact, so its work grows about twentyfold with each number
 
 
@@ -115,42 +118,60 @@ def solve(numbers, target: int) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- puzzles
-def split_of(key: str) -> str:
-    """train or test: the one split of the project, by a hash of what makes a problem of any task what it is."""
-    return "test" if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT else "train"
+def split_of(problem) -> str:
+    """train, validation or test: the one split of the project, by a hash of what makes a problem what it is: of a puzzle,
+    or of a key, the text that any task gives."""
+    text = problem if isinstance(problem, str) else key(problem)
+    place = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100
+    for split, percent in SPLITS.items():
+        if place < percent:
+            return split
+        place -= percent
 
 
-def is_held_out(puzzle: Puzzle) -> bool:
-    return split_of(key(puzzle)) == "test"
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
 
 
-def sample_puzzle(rng: random.Random, level: str = "laptop", held_out: bool | None = None) -> Puzzle:
-    """A solvable puzzle of this level; train or held-out as the hash says, or only the side that held_out names."""
+def sample_puzzle(rng: random.Random, level: str = "laptop", split: str = "train") -> Puzzle:
+    """A solvable puzzle of this level and split. How many numbers it has is drawn first: no count is rarer than another
+    because fewer of its puzzles are solvable."""
+    check_split(split)
     counts, largest, (low, high) = LEVELS[level]
+    count = rng.choice(counts)
     while True:
-        numbers = tuple(rng.randint(1, largest) for _ in range(rng.choice(counts)))
-        puzzle = Puzzle(numbers, rng.randint(low, high))
-        if held_out in (None, is_held_out(puzzle)) and solve(*puzzle):
+        puzzle = Puzzle(tuple(rng.randint(1, largest) for _ in range(count)), rng.randint(low, high))
+        if split_of(puzzle) == split and solve(*puzzle):
             return puzzle
 
 
-def sample_puzzles(n: int, *, level: str = "laptop", held_out: bool, seed: int) -> list[Puzzle]:
-    """n different solvable puzzles from one side of the split. Raises ValueError where the level holds fewer."""
-    rng, side = random.Random(seed), "held-out" if held_out else "train"
-    return distinct(n, lambda: sample_puzzle(rng, level, held_out), key, f"level {level!r}", f"{side} puzzles")
+def sample_puzzles(n: int, *, level: str = "laptop", split: str, seed: int) -> list[Puzzle]:
+    """n different solvable puzzles of one split. Raises ValueError where the level holds fewer."""
+    rng = random.Random(seed)
+    return distinct(n, lambda: sample_puzzle(rng, level, split), key, f"level {level!r}", f"{split} puzzles", group=group)
 
 
-def distinct(n: int, draw, key, where: str, what: str, *, fewer: bool = False) -> list:
-    """n different ones of what draw() returns. Where it returns the same ones again and again: ValueError, or those."""
-    found, repeats = {}, 0
+def distinct(n: int, draw, key, where: str, what: str, *, fewer: bool = False, group=lambda problem: "") -> list:
+    """n different ones of what draw() returns. One that was there before is replaced by one of the same group, so that a
+    small group is not crowded out. Where no new one comes any more: ValueError, or those."""
+    found, misses, wanted, exhausted = {}, 0, None, set()
     while len(found) < n:
-        problem, before = draw(), len(found)
-        found.setdefault(key(problem), problem)
-        repeats += len(found) == before
-        if repeats > 1000 + 20 * n:
+        problem = draw()
+        if wanted in (None, group(problem)):
+            wanted = group(problem) if key(problem) in found and group(problem) not in exhausted else None
+            misses = misses + 1 if key(problem) in found else 0
+            found.setdefault(key(problem), problem)
+        if misses > PATIENCE:
+            if fewer and wanted is not None:  # of other groups there may be more
+                exhausted.add(wanted)
+                misses, wanted = 0, None
+                continue
             if fewer:
                 break
-            raise ValueError(f"got n={n}, but {where} has only about {len(found)} {what}; ask for fewer")
+            of_these = f" of {wanted.replace('_', ' ')}" if wanted else ""
+            have = sum(group(problem) == wanted for problem in found.values()) if wanted else len(found)
+            raise ValueError(f"got n={n}, but {where} has only about {have} {what}{of_these}; ask for fewer")
     return list(found.values())
 
 
@@ -220,16 +241,21 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
 # ------------------------------------------------------------------------------------- the seam: Countdown as a task
 # With LEVELS and question these are all the names that a task has: machinery/tasks.py says what each has to do.
 WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language" is of --language
-VERIFICATION = re.compile(r"\?\d+ (?:yes|no|ja|nein)\b")
+VERIFICATION = re.compile(r"\?\d+(?::[-+*/\d]+(?: (?:wait|halt),\d+[-+*/\d]*)*)? (?:yes|no|ja|nein)\b")
 
 
 def draw(rng: random.Random, level: str, split: str) -> Puzzle:
-    return sample_puzzle(rng, level, held_out=split == "test")
+    return sample_puzzle(rng, level, split)
 
 
 def key(puzzle: Puzzle) -> str:
     """A puzzle is its sorted numbers and its target, so reordering cannot leak it into the other split."""
     return f"{sorted(puzzle.numbers)}->{puzzle.target}"
+
+
+def group(puzzle: Puzzle) -> str:
+    """Accuracy is also given for each of these alone."""
+    return f"{len(puzzle.numbers)}_numbers"
 
 
 def score(puzzle: Puzzle, text: str) -> tuple[dict[str, float], str]:
@@ -285,7 +311,8 @@ def count_backtracks(completion: str) -> int:
 
 
 def count_verifications(completion: str) -> int:
-    """How often the CoT compared a result with its goal and wrote the verdict down: "3+1=4?27 no" is one.
+    """How often the CoT compared two numbers' results with their goal and wrote the verdict down: "9 2?18:+11-7*18 yes"
+    is one, and so is "3+1=4?27 no".
 
     Made for the searches of the tiny model; prose that verifies in other words counts as 0."""
     return len(VERIFICATION.findall(chain_of_thought(completion)))
@@ -299,7 +326,7 @@ def main() -> None:
     puzzles.add_argument("--level", choices=LEVELS, default="laptop")
     puzzles.add_argument("--n", type=int, default=10)
     puzzles.add_argument("--seed", type=int, default=0)
-    puzzles.add_argument("--held-out", action="store_true", help="from the held-out side of the split; default: train")
+    puzzles.add_argument("--split", choices=SPLITS, default="train")
     puzzles.add_argument("--traces", choices=STYLES, help="print question and completion instead: rows for sft.py with "
                          "this --style, which teach a real checkpoint the format")
     for name, text in (("solve", "find an exact solution or prove that there is none"),
@@ -313,7 +340,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command == "puzzles":
-            for puzzle in sample_puzzles(args.n, level=args.level, held_out=args.held_out, seed=args.seed):
+            for puzzle in sample_puzzles(args.n, level=args.level, split=args.split, seed=args.seed):
                 row = {**puzzle._asdict(), "solution": solve(*puzzle)}
                 if args.traces:
                     row = {"prompt": question(puzzle, args.traces), "completion": gold(puzzle), **row}

@@ -58,13 +58,13 @@ class Config:
     epochs: int = 3                  # passes over the traces; the paper: 2 to 3
     sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
     batch_tokens: int = 4096         # tokens per optimizer step of SFT
-    rl_steps: int = 80               # of RL alone; enough that it costs no less than distillation
-    after_steps: int = 80            # of RL after distillation
-    rl_learning_rate: float = 1e-3   # AdamW peak of RL alone; for 0.2M parameters
-    after_learning_rate: float = 5e-4  # AdamW peak of RL after distillation; 1e-3 undoes some of what was learnt
+    rl_steps: int = 48               # of RL alone; enough that it costs no less than distillation
+    after_steps: int = 48            # of RL after distillation
+    rl_learning_rate: float = 5e-4   # AdamW peak of RL alone; for 0.2M parameters
+    after_learning_rate: float = 3e-4  # AdamW peak of RL after distillation: less, so as not to undo what was learnt
     rl_flags: str = ""               # more flags for both train_countdown.py runs
-    max_new_tokens: int = 512        # a longer completion is cut off
-    eval_n: int = 512                # held-out problems
+    max_new_tokens: int = 1024       # a longer completion is cut off
+    eval_n: int = 512                # validation problems while training, test problems for the table
     eval_samples: int = 4            # completions of each
     dtype: str = "float32"           # what the models compute in: float32 or bfloat16
     seed: int = 0                    # problems, sampling, order of the data
@@ -126,9 +126,10 @@ def check_beforehand(config, n: int, model: str) -> None:
     """Raises ValueError where the task has fewer problems than are asked for, or a model less room than a completion
     needs: what the last stages would find out."""
     tasks = find_tasks(config.task, config.level, "", config.style)
-    for task, own, held_out in zip(tasks, shares(tasks, n or len(tasks)), shares(tasks, config.eval_n)):
+    for task, own, measured in zip(tasks, shares(tasks, n or len(tasks)), shares(tasks, config.eval_n)):
         task.problems(own, "train", 0)
-        task.problems(held_out, "test", 0)
+        for split in ("validation", "test"):
+            task.problems(measured, split, 0)
     for name in filter(None, (model, config.student)):
         context = read_hf_config(find_directory(name)).max_position_embeddings
         if config.max_new_tokens >= context:

@@ -1,8 +1,9 @@
 """One evaluator for every checkpoint: pass@1, pass@k, majority vote, format, length, reflection, language, small talk.
 
-Held-out problems of a task only, each one once, in an order that the seed fixes; no batch is dropped.
+Test problems of a task, each one once, in an order that the seed fixes; no batch is dropped. Whoever chooses between two
+models or settings looks at --split validation, so that the test problems say what was not chosen on them.
 
-    python evaluate.py --model models/tiny-base                        # 512 puzzles, one sample each, temperature 1
+    python evaluate.py --model models/tiny-base                        # 512 test puzzles, a sample each, temperature 1
     python evaluate.py --model models/tiny-base --samples 16           # adds pass@16 and maj@16; 40 seconds on 2 cores
     python evaluate.py --model runs/zero/checkpoint --show 3           # read what it writes, with verdicts
     python evaluate.py --model runs/zero/checkpoint --temperature 0    # greedy
@@ -20,7 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from countdown import fill_template
+from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
@@ -28,23 +29,23 @@ from machinery.tasks import as_dict, find_tasks
 from machinery.text import check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
 from sampling import complete
-from tasks.general import SMALL_TALK, draw_question, is_good, needless_thinking
+from tasks.general import draw_sum, is_good, needless_thinking, small_talk
 
-GREETINGS = ("hello", "hi", "good morning", "how are you?", "thank you", "goodbye", "who are you?", "have a good day")
 GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer where fewer puzzles are asked
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "models/tiny-base"  # checkpoint directory or hub id
-    task: str = "countdown"          # countdown, arithmetic, general, a .py or a .jsonl file (machinery/tasks.py)
-    level: str = ""                  # of the task, as laptop4 of countdown; empty: its first
+    task: str = "countdown"          # countdown, arithmetic, code, general, a .py or .jsonl file: machinery/tasks.py
+    level: str = ""                  # of the task, as four of countdown; empty: its first
+    split: str = "test"              # test to report; validation to choose; train to see what was learnt by heart
     style: str = "tiny"              # prompt template: tiny, base or chat
-    n: int = 0                       # held-out problems; 0: 512, or as many as the task has
+    n: int = 0                       # problems; 0: 512, or as many as the task has
     samples: int = 1                 # completions per puzzle; pass@k and maj@k use all of them
     temperature: float = 1.0         # 0 is greedy
     top_p: float = 1.0               # nucleus sampling; DeepSeek-R1 evaluates with 0.95
-    max_new_tokens: int = 512        # a completion that has not ended by then counts as truncated, and as wrong
+    max_new_tokens: int = 1024       # a completion that has not ended by then counts as truncated, and as wrong
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
     show: int = 0                    # print this many completions with their verdicts
@@ -57,6 +58,7 @@ class Config:
     def __post_init__(self):
         if len(find_tasks(self.task, self.level, "", self.style)) > 1:
             raise ValueError(f"got --task {self.task}, expected one: evaluate several one after the other")
+        check_split(self.split)
         if min(self.samples, self.max_new_tokens, self.slots) < 1 or min(self.n, self.shots) < 0:
             raise ValueError("expected samples, max_new_tokens and slots of at least 1, n and shots of at least 0")
         check_dtype(self.dtype)
@@ -114,6 +116,12 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
+def by_group(name: str, groups: list[str], values: list[float]) -> dict[str, float]:
+    """{"pass@1_3_numbers": mean of that group's values}; nothing for a task without groups."""
+    return {f"{name}_{group}": mean(value for own, value in zip(groups, values, strict=True) if own == group)
+            for group in sorted(set(groups)) if group}
+
+
 def describe_step(rollouts, language: str) -> dict[str, float]:
     """The step's log: reward, its parts, what the task watches, and looks, of the first task; and beside them, with the
     task's name before each, reward, parts and what is watched of the others. rollouts: machinery.rollouts.Rollout, of
@@ -123,6 +131,8 @@ def describe_step(rollouts, language: str) -> dict[str, float]:
         own = [rollout for rollout in rollouts if rollout.task == name]
         table = {"reward": mean(r.score.reward for r in own), **means([r.score.parts for r in own]),
                  **means([r.score.watched for r in own])}
+        if "accuracy" in table:
+            table |= by_group("accuracy", [r.score.group for r in own], [r.score.parts["accuracy"] for r in own])
         if name == names[0]:
             row = table | looks([r.text for r in own], [r.completion for r in own], language)
         else:
@@ -131,32 +141,30 @@ def describe_step(rollouts, language: str) -> dict[str, float]:
 
 
 def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -> dict[str, float]:
-    """What R1 is asked beside puzzles: shares of 512 replies to greetings that think, and, for the tiny model, that are good
-    by the rule; and of 512 direct arithmetic questions those that are answered right and without thinking."""
-    rng, each = random.Random(config.seed), max(1, min(n, GENERAL_N) // len(GREETINGS))
-    n = each * len(GREETINGS)
-    questions = [{"prompt": f"{greeting}\n"} for greeting in GREETINGS for _ in range(each)]
+    """What R1 is asked beside puzzles: the share of 512 replies to greetings that think, and, for the tiny model, the
+    shares that are good by the rule: of these greetings, which training knows, of about 512 replies to ones that nothing
+    ever trained on, and of 512 sums of the split."""
+    rng, n = random.Random(config.seed), min(n, GENERAL_N)
+    asked = {"greetings": small_talk("train") * max(1, n // len(small_talk("train")))}
     if config.style == "tiny":
-        for question in questions:
-            question["good"] = SMALL_TALK[question["prompt"].strip()][0]
-        while len(questions) < 2 * n:
-            question = draw_question(rng)
-            questions += [question] if question["kind"] == "arithmetic" else []
+        new = [] if config.split == "train" else small_talk(config.split)
+        asked |= {"new_greetings": new * max(1, n // max(1, len(new))),
+                  "arithmetic": [draw_sum(rng, config.split) for _ in range(n)]}
+    questions = [question for own in asked.values() for question in own]
     _, _, replies = complete(model, tokenizer, [fill_template(question["prompt"], config.style, tokenizer)
                                                 for question in questions],
                              max_new_tokens=min(64, config.max_new_tokens), check_ends=False,
                              progress="greetings and sums", **settings)
-    table = {"needless_thinking": sum(map(needless_thinking, replies[:n])) / n}
-    if config.style == "tiny":
-        good = [is_good(reply, question["good"]) for reply, question in zip(replies, questions)]
-        table |= {"greetings": sum(good[:n]) / n, "arithmetic": sum(good[n:]) / n}
-    return table
+    table = {"needless_thinking": mean(map(needless_thinking, replies[:len(asked["greetings"])]))}
+    good = iter([is_good(reply, question["good"]) for reply, question in zip(replies, questions)])
+    shares = {name: mean(next(good) for _ in own) for name, own in asked.items() if own}
+    return table | (shares if config.style == "tiny" else {})
 
 
 def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     """-> (the table's numbers, a record per completion). Raises ValueError where a prompt does not fit the context."""
     task, = find_tasks(config.task, config.level, "", config.style)
-    problems = task.problems(config.n, "test", config.seed)
+    problems = task.problems(config.n, config.split, config.seed)
     if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
         import corpus
         examples = corpus.examples(random.Random(config.seed), task.level, config.shots)
@@ -168,12 +176,14 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],
-                                     max_new_tokens=config.max_new_tokens, progress="held-out problems", **settings)
+                                     max_new_tokens=config.max_new_tokens, progress=f"{config.split} problems", **settings)
     scored = [task.seam.score(problem, text) for problem, text in zip(drawn, texts)]  # (parts, verdict) each
     right = [[verdict == "correct" for _, verdict in scored[i:i + k]] for i in range(0, len(scored), k)]
-    pass_1 = sum(sum(row) / k for row in right) / n
+    shares = [sum(row) / k for row in right]
+    pass_1 = sum(shares) / n
     low, high = wilson_interval(pass_1, n)
-    table = {"pass@1": pass_1, "pass@1_low": low, "pass@1_high": high, "n": n, "samples": k}
+    table = {"pass@1": pass_1, "pass@1_low": low, "pass@1_high": high, "n": n, "samples": k,
+             **by_group("pass@1", list(map(task.group, problems)), shares)}
     if k > 1:
         for size in sorted({size for size in (4, 16, 64, 256) if size < k} | {k}):
             table[f"pass@{size}"] = sum(pass_at_k(k, sum(row), size) for row in right) / n
@@ -192,9 +202,9 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     return table, records
 
 
-def print_table(table: dict) -> None:
+def print_table(table: dict, split: str) -> None:
     print(f"{'pass@1':>20}  {table['pass@1']:.1%}  (95% interval {table['pass@1_low']:.1%} to "
-          f"{table['pass@1_high']:.1%}, n = {table['n']} problems x {table['samples']})")
+          f"{table['pass@1_high']:.1%}, n = {table['n']} {split} problems x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
             counted = name in ("completion_tokens", "verifications", "backtracks", "reflection_words")
@@ -217,7 +227,7 @@ def main() -> None:
     for record in records[:config.show * config.samples:config.samples]:
         prompt = record['prompt'].removesuffix(opened_thinking(record['prompt']))
         print(f"{prompt}{record['completion']}\n=> {record['verdict']}\n")
-    print_table(table)
+    print_table(table, config.split)
     if config.json:
         write_whole(Path(config.json), json.dumps({**asdict(config), **table}, indent=2) + "\n")
 

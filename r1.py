@@ -42,22 +42,22 @@ class Config:
     only: str = ""                   # run this stage alone
     from_: str = ""                  # run this stage and those behind it again, even if they are done
     list: bool = False               # print the stages' commands and stop
-    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file: machinery/tasks.py
+    task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
     style: str = "tiny"              # prompt template: tiny or chat
-    zero_steps: int = 80             # RL steps of R1-Zero
-    rl_steps: int = 40               # of each RL stage of R1
-    general_steps: int = 10          # of the last RL stage's, with general prompts; DeepSeek-R1: 400 of 1,700
-    hacking_steps: int = 120         # of the run that trains on the preference reward alone, for too long
-    rl_learning_rate: float = 1e-3   # AdamW peak of R1-Zero; for 0.8M parameters
-    rl2_learning_rate: float = 5e-4  # of the RL stages behind SFT
+    zero_steps: int = 48             # RL steps of R1-Zero
+    rl_steps: int = 24               # of each RL stage of R1
+    general_steps: int = 6           # of the last RL stage's, with general prompts; DeepSeek-R1: 400 of 1,700
+    hacking_steps: int = 48          # of the run that trains on the preference reward alone, for too long
+    rl_learning_rate: float = 5e-4   # AdamW peak of R1-Zero; for 0.8M parameters
+    rl2_learning_rate: float = 3e-4  # of the RL stages behind SFT
     sft_learning_rate: float = 1e-3  # AdamW peak of SFT; DeepSeek-R1: 5e-5
     language_weight: float = 0.5     # reward for language consistency in R1's RL
     puzzles: int = 1200              # train problems that rejection sampling asks a checkpoint
     samples: int = 8                 # completions of each; of the teacher's, half as many
-    max_new_tokens: int = 512        # a longer completion is cut off
+    max_new_tokens: int = 1024       # a longer completion is cut off
     pairs: int = 6000                # preference pairs for the reward model
-    eval_n: int = 512                # held-out problems
+    eval_n: int = 512                # validation problems while training, test problems for the table
     eval_samples: int = 4            # completions of each
     rl_flags: str = ""               # more flags for every train_countdown.py, such as "--batch-size 128"
     dtype: str = "float32"           # what the models compute in: float32 or bfloat16
@@ -150,13 +150,8 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
               f"--learning-rate {config.rl_learning_rate} --out {folder}/hacking"),
         evaluation("hacking"),
     ]
-    # 6. the student, and what nobody trained on: one number more
-    stages += distill.student_stages(student_config(config, seed))
-    if config.task == "countdown" and config.level in ("", "laptop"):
-        stages += [Stage(f"four-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --level laptop4 "
-                         f"--style {config.style} {measured} --samples 1 --json {folder}/four-{name}.json")
-                   for name in ("zero", "rl-all", "distill")]
-    return stages
+    # 6. the student
+    return stages + distill.student_stages(student_config(config, seed))
 
 
 ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
@@ -174,7 +169,8 @@ ROWS = {  # evaluation -> (what the table calls it, the stages that made it)
     "distill": ("**distilled student**", ("student-replies", "student-traces", "distill")),
     "distill-rl": ("distilled student, then RL", ("distill-rl",)),
 }
-COLUMNS = ("pass@1", "language", "mixed", "format", "completion_tokens", "needless_thinking", "greetings", "arithmetic")
+COLUMNS = ("pass@1", "pass@1_3_numbers", "pass@1_4_numbers", "language", "mixed", "format", "completion_tokens",
+           "needless_thinking", "greetings", "new_greetings", "arithmetic")
 
 
 def collect(config: Config) -> dict:
@@ -195,26 +191,23 @@ def collect(config: Config) -> dict:
         row["seeds"] = {column: [seed[column] for seed in seeds] for column in COLUMNS if column in seeds[0]}
         if name in students[0]:
             row["flops"] = mean(student[name]["flops"] for student in students)
-        four = [folder / f"four-{name}.json" for folder in folders]
-        if four[0].exists():
-            row["four_numbers"] = mean(json.loads(path.read_text(encoding="utf-8"))["pass@1"] for path in four)
         table["rows"][name] = row
     return table
 
 
 def markdown(table: dict) -> str:
     """The table as docs/r1.md shows it."""
-    lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} held-out puzzles x {table['samples']} "
+    lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} test puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
-             "| stage | pass@1 (95% interval) | of the seeds | English | mixed | format | tokens | needless "
-             "thinking | greetings | arithmetic | 4 numbers | TFLOPs | minutes |", "|---" * 13 + "|"]
+             "| stage | pass@1 (95% interval) | of the seeds | 3 numbers | 4 numbers | English | mixed | format | tokens | "
+             "needless thinking | known greetings | new greetings | sums | TFLOPs | minutes |", "|---" * 15 + "|"]
     for row in table["rows"].values():
         own = row["seeds"]["pass@1"]
         share = [f"{row[name]:.1%}" if name in row else "" for name in
-                 ("language", "mixed", "format", "needless_thinking", "greetings", "arithmetic", "four_numbers")]
+                 COLUMNS[1:] if name != "completion_tokens"]
         lines.append("| " + " | ".join([
             row["label"], f"{row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})",
-            " ".join(f"{value:.1%}" for value in own), *share[:3], f"{row['completion_tokens']:.0f}", *share[3:],
+            " ".join(f"{value:.1%}" for value in own), *share[:5], f"{row['completion_tokens']:.0f}", *share[5:],
             f"{row['flops'] / 1e12:.1f}" if row.get("flops") else "", f"{row['minutes']:.1f}"]) + " |")
     return "\n".join(lines) + "\n"
 

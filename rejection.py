@@ -46,15 +46,15 @@ class Config:
     model: str = "runs/zero/checkpoint"  # checkpoint directory or hub id to sample from
     out: str = "data/traces.jsonl"   # JSONL file to write; its report stands beside it
     task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file, or several: machinery/tasks.py
-    level: str = ""                  # of the task, as laptop4 of countdown; empty: its first. Only train problems
+    level: str = ""                  # of the task, as four of countdown; empty: its first. Only train problems
     style: str = "tiny"              # prompt template: tiny, base or chat
     weights: str = ""                # of the reward's parts; format=0: a completion without tags is kept too
-    n: int = 1200                    # different problems; countdown's laptop level has about 1,400 for training
+    n: int = 1200                    # different problems; countdown's laptop level has about 13,000 for training
     samples: int = 8                 # completions per problem
     temperature: float = 1.0         # of the sampler
     top_p: float = 1.0               # nucleus sampling
-    max_new_tokens: int = 512        # a completion that has not ended by then is dropped
-    max_tokens: int = 400            # drop longer completions: over-long ones are mostly lost
+    max_new_tokens: int = 1024       # a completion that has not ended by then is dropped
+    max_tokens: int = 800            # drop longer completions: over-long ones are mostly lost
     max_repeats: int = 1             # drop completions that write a line of thinking more often than this
     language: str = "en"             # drop completions with a word of another language
     per_puzzle: int = 4              # keep at most this many different completions of a problem

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from corpus import build_tokenizer, check_vocabulary
 from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_batch, teacher_kl, token_logprobs
 from machinery.checkpoints import DTYPES, check_device, check_dtype, check_finite, end_tokens, generate_ends, load
@@ -40,8 +41,8 @@ class Config:
     # the algorithm
     data: str = "data/corpus.jsonl"      # JSONL, one {"prompt", "completion"} or {"messages"} a line
     model: str = "models/tiny-base"      # checkpoint directory or hub id to start from
-    from_scratch: str = ""               # random weights instead: tiny (Qwen3, 0.8M parameters) or student (0.2M)
-    context: int = 0                     # room for tokens, 0: as its config says (from scratch: 1,024)
+    from_scratch: str = ""               # random weights instead: tiny (0.8M parameters), student or llama-student (0.2M)
+    context: int = 0                     # room for tokens, 0: as its config says (from scratch: 2,048)
     teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
     epochs: int = 1                      # passes over the data
     batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
@@ -85,24 +86,26 @@ class Config:
                        "clip_norm")
 
 
-TINY_MODELS = {  # widths of the Qwen3 models that --from-scratch knows
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=32),
-    "student": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=16),
-}
+def shape(width: int) -> dict:
+    return dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=width // 4)
+
+
+TINY_MODELS = {"tiny": shape(128), "student": shape(64), "llama-student": shape(64)}  # that --from-scratch knows
 
 
 def new_model(name: str, seed: int):
-    """Random weights of a Qwen3 config over the corpus's own vocabulary -> (model, tokenizer)."""
-    from transformers import Qwen3Config
+    """Random weights of a Qwen3 or Llama config over the corpus's words -> (model, tokenizer). The Llama has a tokenizer
+    of its own, digit by digit: what passes between the two families is text, as in DeepSeek-R1's distillation."""
+    from transformers import LlamaConfig, Qwen3Config
 
-    from corpus import build_tokenizer
-    tokenizer = build_tokenizer()
-    hf_config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True,
-                            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-                            architectures=["Qwen3ForCausalLM"], dtype="float32", **TINY_MODELS[name])
+    llama = name.startswith("llama")
+    tokenizer = build_tokenizer(digits=llama)
+    family, architecture = (LlamaConfig, "LlamaForCausalLM") if llama else (Qwen3Config, "Qwen3ForCausalLM")
+    hf_config = family(vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=True,
+                       architectures=[architecture], dtype="float32", bos_token_id=None,
+                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **TINY_MODELS[name])
     model = Model(hf_config)
     init_weights(model, seed)
     return model, tokenizer
@@ -242,6 +245,7 @@ def start(config: Config):
             check_same_tokenizer(tokenizer, teacher_tokenizer, config)
         rows = check_rows(read_jsonl(config.data), config.data, ("prompt", "completion"), "both")
         examples = tokenize(rows, tokenizer, config.data, config.style, generate_ends(model))
+        check_vocabulary(tokenizer, any(tokenizer.unk_token_id in row for pair in examples for row in pair), model.source)
         lengths = [len(prompt) + len(completion) for prompt, completion in examples]
         longest = max(lengths, default=0)
         if not all(prompt for prompt, _ in examples):

@@ -58,7 +58,7 @@ class Config:
     smollm2: str = ""                # directory or hub id of SmolLM2-135M-Instruct; adds its size to the default ones
     prompts: int = 16                # different prompts, except in size smollm2
     group_size: int = 16             # completions of each
-    max_new_tokens: int = 512        # limit of a completion
+    max_new_tokens: int = 1024       # limit of a completion
     repeats: int = 3                 # counted rounds of each row but the training step; the medians are compared
     steps: int = 4                   # training steps per trainer and round, of two; the first of a round is not counted
     sampling: bool = True            # measure the samplers
@@ -107,7 +107,7 @@ class Config:
 def tiny_workloads(tokenizer, config: Config) -> list[Workload]:
     """The first rollout of the quickstart, but for the puzzles."""
     rng = random.Random(config.seed)
-    prompts = tokenizer([make_prompt(sample_puzzle(rng, held_out=False)) for _ in range(config.prompts)],
+    prompts = tokenizer([make_prompt(sample_puzzle(rng)) for _ in range(config.prompts)],
                         add_special_tokens=False)["input_ids"]
     prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
     return [Workload(f"{len(prompts)} completions of up to {config.max_new_tokens} tokens", prompts,
@@ -117,7 +117,7 @@ def tiny_workloads(tokenizer, config: Config) -> list[Workload]:
 def smollm2_workloads(tokenizer, config: Config) -> list[Workload]:
     """One completion alone; then prompts with no, one or two solved examples, whose completions end where EOS says."""
     rng = random.Random(config.seed)
-    puzzles = [sample_puzzle(rng, "tinyzero", held_out=False) for _ in range(18)]
+    puzzles = [sample_puzzle(rng, "tinyzero") for _ in range(18)]
     examples = [(puzzle, f" {solve(*puzzle)} = {puzzle.target}</think>\n<answer>{solve(*puzzle)}</answer>")
                 for puzzle in puzzles[:2]]
     texts = [make_prompt(puzzle, "base", examples=examples[:i % 4 - 1]) if i % 4 else make_prompt(puzzle)

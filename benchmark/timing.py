@@ -167,7 +167,7 @@ def time_trl_steps(config, directory: Path) -> list[float]:
     from trl import GRPOConfig, GRPOTrainer
 
     rng, batch = random.Random(config.seed), config.prompts * config.group_size
-    puzzles = [sample_puzzle(rng, held_out=False) for _ in range(config.prompts * config.steps)]
+    puzzles = [sample_puzzle(rng) for _ in range(config.prompts * config.steps)]
     rows = [{"prompt": make_prompt(p), "numbers": list(p.numbers), "target": p.target} for p in puzzles]
     tokens, seconds = [], []
 
@@ -189,7 +189,7 @@ def time_trl_steps(config, directory: Path) -> list[float]:
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(output_dir=str(directory / "trl"), max_steps=config.steps, per_device_train_batch_size=batch,
                         num_generations=config.group_size, max_completion_length=config.max_new_tokens,
-                        temperature=1.0, beta=0.0, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1,
+                        temperature=1.0, beta=0.0, learning_rate=5e-4, lr_scheduler_type="constant", logging_steps=1,
                         save_strategy="no", report_to="none", use_cpu=config.device == "cpu", bf16=False,
                         gradient_checkpointing=False, seed=config.seed, disable_tqdm=True))
     with contextlib.redirect_stdout(sys.stderr):  # its log

@@ -4,7 +4,7 @@ DeepSeek-R1 (arXiv 2501.12948), section 2.2.4, sees reflection and the search fo
 look at what the base had read. Here that is known, since we write the corpus:
 
     full              people who verify, go back and try again, and say "wait" where they mend a slip
-    no verification   no comparison is written out: "3+1=4," instead of "3+1=4?27 no,"
+    no verification   no comparison is written out: ":+4-2*3/3" instead of "?27:+4-2*3/3 no"
     no backtracking   one line, then an answer, right or wrong
     no reflection     without wait, wrong, retry and check, and so without the slips that a "wait" mends
     wrong answers     the full one, but no answer in it is right: the search is read, its use is not (Gandhi et al.,
@@ -14,9 +14,9 @@ look at what the base had read. Here that is known, since we write the corpus:
     python -m experiments.aha --arm full       # one arm, a terminal each; then without --arm for the picture
     python -m experiments.aha --quick          # a minute: does it run? Its numbers mean nothing
 
-Every base has the size of models/tiny-student and has read 60,000 searches, in English and without small talk: a
-third of what models/tiny-student took. There is one base an arm; the seeds are those of GRPO. You see one figure of five
-lines, and for each arm what the base did and what it does after RL.
+Every base has the size of models/tiny-student and has read 60,000 searches in English, no programs and no small talk.
+There is one base an arm; the seeds are those of GRPO. You see one figure of five lines (validation puzzles), and for
+each arm what the base did and what it does after RL (test puzzles).
 """
 
 import shlex
@@ -46,7 +46,7 @@ class Config:
     steps: int = 40              # of GRPO
     batch_size: int = 128        # completions a step, in groups of 16
     eval_every: int = 10         # GRPO steps between evaluations
-    eval_n: int = 512            # held-out puzzles
+    eval_n: int = 512            # validation puzzles of the curves, test puzzles before and after RL
     samples: int = 4             # completions of each, before and after RL
 
     def __post_init__(self):
@@ -66,6 +66,7 @@ ARMS = {
     "wrong answers": "--wrong-answers 1.0",
 }
 QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
+COUNTS = ("pass@1_3_numbers", "pass@1_4_numbers")
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
 VERIFICATIONS = ("verifications per completion", "verifications", "eval_verifications", False)
@@ -76,8 +77,8 @@ def base_stages(config: Config, arm: str) -> list[Stage]:
     name = arm_folder(Path(), arm)
     folder = shlex.quote(str(arm_folder(Path(config.out) / "bases", arm)))
     return [
-        Stage(f"{name}-corpus", f"python corpus.py --n {config.documents} --chat 0.0 --no-languages {ARMS[arm]} "
-              f"--out {folder}/corpus.jsonl"),
+        Stage(f"{name}-corpus", f"python corpus.py --n {config.documents} --chat 0.0 --programs 0.0 "
+              f"--no-languages {ARMS[arm]} --out {folder}/corpus.jsonl"),
         Stage(f"{name}-base", f"python sft.py --data {folder}/corpus.jsonl --from-scratch {config.model} --optimizer muon "
               f"--learning-rate 3e-3 --batch-tokens {config.batch_tokens} --micro-batch-tokens 4096 "
               f"--eval-rows {config.documents // 100} --out {folder}/base"),
@@ -98,11 +99,11 @@ def arm_folder(folder: Path, arm: str) -> Path:
 
 
 def measure(config: Config, checkpoint) -> dict:
-    """Held-out figures of a checkpoint, and two that only this study wants: how many searches say yes to a result, and
-    how many of these answer right."""
+    """A checkpoint's figures on test puzzles, and two that only this study wants: how many searches say yes to a
+    result, and how many of these answer right."""
     model, tokenizer = load(checkpoint)
     table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
-        n=config.eval_n, samples=config.samples, max_new_tokens=QUICK_TOKENS if config.quick else 512))
+        n=config.eval_n, samples=config.samples, max_new_tokens=QUICK_TOKENS if config.quick else 1024))
     found = [record for record in records
              if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
     return table | {"found": len(found) / len(records),
@@ -111,15 +112,15 @@ def measure(config: Config, checkpoint) -> dict:
 
 def collect(config: Config) -> dict:
     """The committed JSON: for each arm the base, the policy after RL, and the curves in between."""
-    names = ("pass@1", f"pass@{config.samples}", f"maj@{config.samples}", "format", "found", "right_when_found",
-             "completion_tokens", *BEHAVIOURS)
+    shares = ("pass@1", f"pass@{config.samples}", f"maj@{config.samples}")
+    names = (*shares, *COUNTS, "format", "found", "right_when_found", "completion_tokens", *BEHAVIOURS)
     wanted = {"step"} | {name for _, train, held_out, _ in PANELS for name in (train, held_out)}
     arms = {}
     for arm in ARMS:
         tables = {"base": [piece(Path(config.out) / "bases", f"{arm} base")],
                   "rl": [piece(seed_folder(config, seed), f"{arm} rl") for seed in range(config.seeds)]}
         arms[arm] = {when: {name: with_interval([t[name] for t in rows], config.eval_n)
-                            if "@" in name else average([t[name] for t in rows]) for name in names}
+                            if name in shares else average([t[name] for t in rows]) for name in names}
                      for when, rows in tables.items()}
         arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
                                 for row in read_metrics(rl_stage(config, arm, seed).out)]
@@ -136,8 +137,8 @@ def table(record: dict) -> str:
         return f"{arm['base'][name]['mean']:{form}} -> {arm['rl'][name]['mean']:{form}}"
 
     samples = record["config"]["samples"]
-    columns = ((f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"), ("completion_tokens", ".0f"),
-               ("verifications", ".2f"), ("backtracks", ".2f"), ("reflection_words", ".2f"), ("found", ".1%"),
+    columns = (*((count, ".1%") for count in COUNTS), (f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"),
+               ("completion_tokens", ".0f"), *((name, ".2f") for name in BEHAVIOURS), ("found", ".1%"),
                ("right_when_found", ".1%"))
     rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}",
              *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]

@@ -1,9 +1,9 @@
 """Do examples in the prompt help? DeepSeek-R1 (arXiv 2501.12948), section 5: few-shot prompts make R1 worse.
 
-models/tiny-student never saw two documents in one context, so a second one throws it out of its world: 0% with any
-example. So it reads on for this study, mostly pages: 1 to 8 searches by one writer, careful or careless, before the one
-that it learns from (corpus.py --pages). From it come R1-Zero and R1, by the stages of r1.py, whose prompts never hold an
-example. Then evaluate.py with 0, 1, 2, 4 and 8.
+models/tiny-student never saw two documents in one context, so a second one throws it out of its world. So it reads on
+for this study, mostly pages: 1 to 8 searches by one writer, careful or careless, before the one that it learns from
+(corpus.py --pages). From it come R1-Zero and R1, by the stages of r1.py, whose prompts never hold an example. Then
+evaluate.py with 0, 1, 2, 4 and 8. Puzzles are of level three, so that a page of nine searches fits the context.
 
     python -m experiments.few_shot             # 2 seeds; 2 cores: see minutes in experiments/results/few_shot.json
     python -m experiments.few_shot --seed 0    # one seed, a terminal each; then without --seed for the picture
@@ -35,12 +35,11 @@ class Config:
     quick: bool = False          # a minute, to see that it runs
     model: str = "models/tiny-student"  # reads on with pages
     documents: int = 30000       # that it reads, seven of ten at the end of a page
-    context: int = 3072          # tokens: a page of 9 searches has up to 2,000, and an answer wants its 512
     zero_steps: int = 50         # of R1-Zero's GRPO
     rl_steps: int = 30           # of each RL stage of R1
     batch_size: int = 128        # completions a step, in groups of 16
     puzzles: int = 600           # that rejection sampling asks, 8 completions each
-    n: int = 512                 # held-out puzzles
+    n: int = 300                 # test puzzles, of the 327 that there are; and validation puzzles of GRPO's curves
 
 
 QUICK = dict(seeds=1, documents=120, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16)
@@ -51,15 +50,16 @@ MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "s
 
 def base_stages(config: Config) -> list[Stage]:
     folder, model = shlex.quote(f"{config.out}/base"), shlex.quote(config.model)
-    return [Stage("pages", f"python corpus.py --n {config.documents} --seed 1 --pages 0.7 --out {folder}/pages.jsonl"),
-            Stage("base", f"python sft.py --data {folder}/pages.jsonl --model {model} --context {config.context} "
-                  "--optimizer muon --learning-rate 5e-4 --muon-learning-rate 0.003 --batch-tokens 16384 "
-                  f"--micro-batch-tokens 4096 --eval-rows {max(1, config.documents // 100)} --out {folder}/base")]
+    return [Stage("pages", f"python corpus.py --n {config.documents} --seed 1 --level three --pages 0.7 "
+                  f"--out {folder}/pages.jsonl"),
+            Stage("base", f"python sft.py --data {folder}/pages.jsonl --model {model} --optimizer muon "
+                  "--learning-rate 5e-4 --muon-learning-rate 0.003 --batch-tokens 16384 --micro-batch-tokens 4096 "
+                  f"--eval-rows {max(1, config.documents // 100)} --out {folder}/base")]
 
 
 def ladder(config: Config, seed: int) -> list[Stage]:
     """R1-Zero and R1 as r1.py makes them, from the base that has read pages."""
-    recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out,
+    recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out, level="three",
                        zero_steps=config.zero_steps, rl_steps=config.rl_steps,
                        general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, eval_n=config.n,
                        pairs=max(600, 5 * config.puzzles), rl_flags=f"--batch-size {config.batch_size}")
@@ -72,10 +72,9 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
     checkpoints = {"base": base_stages(config)[-1].out / "checkpoint", "zero": folder / "zero" / "checkpoint",
                    "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
     return {(name, shots): Stage(stage := f"eval-{name.replace(' ', '-')}-{shots}", shlex.join(map(str, (
-                "python", "evaluate.py", "--model", checkpoint, "--n", config.n, "--shots", shots, "--seed", seed,
-                "--json", folder / f"{stage}.json"))))
-            for name, checkpoint in checkpoints.items() for shots in SHOTS
-            if name != "without pages" or shots <= 2}  # more than two do not fit its context
+                "python", "evaluate.py", "--model", checkpoint, "--level", "three", "--n", config.n,
+                "--shots", shots, "--seed", seed, "--json", folder / f"{stage}.json"))))
+            for name, checkpoint in checkpoints.items() for shots in SHOTS}
 
 
 def collect(config: Config) -> dict:
@@ -91,12 +90,12 @@ def collect(config: Config) -> dict:
 
 def draw(record: dict, path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
-    panels = (("pass@1", "held-out pass@1"), ("language", "words in English, as in the examples"),
+    panels = (("pass@1", "test pass@1"), ("language", "words in English, as in the examples"),
               ("wrong_numbers", "answers with wrong numbers"), ("completion_tokens", "completion length (tokens)"))
     for axis, (column, title) in zip(axes, panels):
         for i, (name, label) in enumerate(MODELS.items()):
             entries = record["models"][name]
-            x = [list(map(str, SHOTS)).index(shots) for shots in entries]
+            x = range(len(SHOTS))
             mean = [entry[column]["mean"] for entry in entries.values()]
             axis.plot(x, mean, "o-", color=f"C{i}", label=label, markersize=4)
             if column == "pass@1":
@@ -121,8 +120,7 @@ def table(record: dict) -> str:
         entries = record["models"][name]
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
                                f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
-                               f"{text(entries[str(shots)]['wrong_numbers'])}" if str(shots) in entries else ""
-                               for shots in SHOTS])
+                               f"{text(entries[str(shots)]['wrong_numbers'])}" for shots in SHOTS])
     return markdown(["pass@1 with", *(f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS)], rows)
 
 

@@ -8,49 +8,51 @@ import random
 import re
 import time
 from collections import Counter
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
-from countdown import Puzzle, reachable
+from countdown import Puzzle, solve
 from experiments.scorer import score_positions
 from grpo import group_advantages
 from machinery.rl_run import log, sampling_weights, save_or_stop, stop_on_broken_gradient, trained_source
 from machinery.rollouts import collect
 from machinery.tasks import draw_problems, score_completions
-from rewards import accuracy_reward
+from rewards import accuracy_reward, verify
 from sampling import complete
 from train_countdown import evaluate_policy, finish, log_row, loss_divisor, start, update, with_gradient
 
-HEADER = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,(\d+) (\d+):")
+MOVE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,([\d ]+)")
 
 
 class Step(NamedTuple):
     index: int    # of the token behind which it is judged, within the completion
-    kind: str     # ahead: the line's ":", before any attempt; line: the line's end; answer
-    label: float  # 1.0 if the target can still be reached from the numbers left; of an answer: if it is right
+    kind: str     # ahead: the line's ":", before any result; line: the line's end; answer
+    label: float  # 1.0 if the goal can still be reached from the two numbers left; of an answer: if it is right
 
 
 def still_reaches(header: str, puzzle: Puzzle) -> bool:
-    """Whether the header is true, and its numbers left can still make the target: by the exact solver.
+    """Whether the path is true, and the two numbers that it leaves can still make its goal: by the exact solver. True
+    moves cannot come back from where nothing is solvable, so the end of the path speaks for all of it.
 
-    "5-4=1,3 1:" uses two numbers, and 1 and 3 have to make the target. "27/3=9 need,5 4:" works backwards from the
-    target with one number, and the other two have to make 9. Anything else, a slip in it included, leads nowhere."""
-    match = HEADER.fullmatch(header)
-    if not match:
-        return False
-    a, b, value, *left = (int(match[i]) for i in (1, 3, 4, 6, 7))
-    if match[2] == "/" and not b or {"+": a + b, "-": a - b, "*": a * b, "/": b and Fraction(a, b)}[match[2]] != value:
-        return False
-    if match[5]:  # backwards: the target and one number are used up
-        used, goal = Counter((a, b)) - Counter((puzzle.target,)), value
-        rest = Counter(puzzle.numbers) - used
-        fits = puzzle.target in (a, b) and used.total() == 1 and rest.total() == 2 and rest == Counter(left)
-    else:
-        rest, goal = Counter(puzzle.numbers) - Counter((a, b)) + Counter((value,)), puzzle.target
-        fits = rest.total() == 2 and rest == Counter(left)
-    return fits and Fraction(goal) in reachable(tuple(sorted(left)))
+    "5-4=1,3 1?27:" uses two numbers, and 1 and 3 have to make the target. "27/3=9 need,5 4?9:" works backwards from the
+    goal with one number, and the others have to make 9. Anything else, a slip in it included, leads nowhere."""
+    left, goal = Counter(puzzle.numbers), puzzle.target
+    path, _, shown = header.removesuffix(":").partition("?")
+    for match in map(MOVE.fullmatch, path.split(".")):
+        if not match:
+            return False
+        a, op, b, value = int(match[1]), match[2], int(match[3]), int(match[4])
+        used, made = Counter((a, b)), Counter((value,))
+        true, _ = verify(f"{a}{op}{b}", (a, b), value)
+        if match[5]:  # backwards: the goal and one number are used up
+            true = true and goal in used
+            used, made, goal = used - Counter((goal,)), Counter(), value
+            true = true and not (0 in used and op in "*/")  # which nothing undoes
+        if not (true and used <= left and left - used + made == Counter(map(int, match[6].split()))):
+            return False
+        left = left - used + made
+    return left.total() == 2 and shown in ("", str(goal)) and solve(left.elements(), goal) is not None
 
 
 def find_steps(tokens: list[str], puzzle: Puzzle) -> list[Step]:

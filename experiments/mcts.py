@@ -16,9 +16,10 @@ to local optima, and the value model that has to guide all of it is hard to trai
     python -m experiments.mcts --seed 0        # one seed, a terminal each; then without --seed for the picture
     python -m experiments.mcts --quick         # a minute: does it run? Its numbers mean nothing
 
-The value model learns, at the end of each line, whether the rollout that it stands in ended right; rollouts are of train
-puzzles, what is reported is of held-out ones. No search looks at the verifier. A tree is stuck, and ends with what it
-has, when 1,000 selections in a row lead to finished lines: a favourite that nothing outbids any more.
+The value model learns, at the end of each line, whether the rollout that it stands in ended right; rollouts are of
+train puzzles, what is reported is of test ones, and nothing is chosen on these. No search looks at the verifier. A tree
+is stuck, and ends with what it has, when 1,000 selections in a row lead to finished lines: a favourite that nothing
+outbids any more.
 """
 
 import json
@@ -31,8 +32,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
-from experiments.scorer import (best, choose_from_n, held_out_puzzles, mean_curves, powers_of_two, reliability,
-                                score_positions, train_scorer, vote)
+from experiments.scorer import (best, choose_from_n, mean_curves, powers_of_two, reliability, score_positions,
+                                test_puzzles, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages,
                                sample_groups, seed_folder, seeds_to_run, share_axis, text, with_interval)
 from experiments.tree import MAX_DEPTH, START, search
@@ -53,14 +54,14 @@ class Config:
     train_puzzles: int = 1200        # train puzzles whose rollouts the value model learns from
     train_samples: int = 8           # rollouts of each
     epochs: int = 1                  # passes over them
-    n: int = 100                     # held-out puzzles a seed; seeds take different ones
+    n: int = 100                     # test puzzles a seed; seeds take different ones
     samples: int = 256               # the largest budget: as many tokens as so many completions have
     width: int = 4                   # lines that the policy writes at a node, the limit of its extensions
     explore: float = 1.0             # c of the selection rule
     ablation_budget: int = 64        # of the searches with other widths and other values, in completions
     sft_puzzles: int = 400           # train puzzles that are searched for the training round
     sft_budget: int = 16             # completions' worth of tokens for each
-    eval_n: int = 512                # held-out puzzles that the trained models are measured on
+    eval_n: int = 512                # test puzzles that the trained models are measured on
 
     def __post_init__(self):
         if self.width not in WIDTHS or self.samples < 2 or self.ablation_budget > self.samples:
@@ -116,11 +117,11 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     """The value model and one that learnt from shuffled returns, kept in FOLDER/value and FOLDER/shuffled."""
     model, tokenizer = load(config.model)
     newline = tokenizer.convert_tokens_to_ids("\n")
-    puzzles = sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed)
+    puzzles = sample_puzzles(config.train_puzzles, split="train", seed=seed)
     rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, seed, "rollouts", START)
-    test_puzzles = held_out_puzzles(config.n, seed)
-    test_rollouts = sample_groups(model, tokenizer, test_puzzles, 4, seed + 2000, "held-out rollouts", START)
-    test = value_examples(test_rollouts, test_puzzles, newline)
+    asked = test_puzzles(config.n, seed)
+    test_rollouts = sample_groups(model, tokenizer, asked, 4, seed + 2000, "test rollouts", START)
+    test = value_examples(test_rollouts, asked, newline)
     result = {}
     for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
         examples = value_examples(rollouts, puzzles, newline, shuffled)
@@ -135,9 +136,9 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
 
 
 def compare(config: Config, folder: Path, seed: int) -> None:
-    """Plain sampling and search on the same held-out puzzles; widths and values at a smaller budget."""
+    """Plain sampling and search on the same test puzzles; widths and values at a smaller budget."""
     model, tokenizer = load(config.model)
-    puzzles = held_out_puzzles(config.n, seed)
+    puzzles = test_puzzles(config.n, seed)
     newline = tokenizer.convert_tokens_to_ids("\n")
     value_model, shuffled = (load_reward_model(folder / name)[0] for name in ("value", "shuffled"))
 
@@ -180,7 +181,7 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
     """What search and plain sampling solve of the same train puzzles at the same budget: up to 4 texts a puzzle."""
     model, tokenizer = load(config.model)
     value_model = load_reward_model(folder / "value")[0]
-    puzzles = sample_puzzles(config.sft_puzzles, level="laptop", held_out=False, seed=seed + 3000)
+    puzzles = sample_puzzles(config.sft_puzzles, split="train", seed=seed + 3000)
     groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, seed + 4000, "plain sampling", START)
     tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / len(puzzles)
     trees, _ = search(model, tokenizer, lambda rows: last_scores(value_model, rows), puzzles, budgets=[tokens],
@@ -232,7 +233,8 @@ def collect(config: Config) -> dict:
     for name in ("base", "plain", "mcts"):
         tables = [json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")) for folder in folders]
         trained[name] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.eval_n),
-                         "completion_tokens": average([table["completion_tokens"] for table in tables]),
+                         **{column: average([table[column] for table in tables]) for column in
+                            ("pass@1_3_numbers", "pass@1_4_numbers", "completion_tokens")},
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
     return {"tokens_a_completion": average([run["tokens"] for run in plain_]),
             "plain": shares([run["plain"] for run in plain_]), "mcts": searches("mcts"),
@@ -293,7 +295,7 @@ def draw(record: dict, path) -> None:
         training_axis.plot([name] * len(entry["seeds"]), entry["seeds"], "o", color="black", markersize=3, alpha=0.6)
     training_axis.set_ylim(0, 1.03)
     training_axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    training_axis.set_title("one round of training: held-out pass@1", fontsize=10)
+    training_axis.set_title("one round of training: test pass@1", fontsize=10)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     write_figure(figure, path)
@@ -336,15 +338,15 @@ def verdict(record: dict) -> str:
     values, usual = record["value_models"]["value"]["before the answer"], widths[str(record["config"]["width"])]
     few, many, last = list(voted)[min(4, len(usual["found"]) - 1)], list(voted)[-1], list(usual["found"])[-1]
     narrow, wide = min(widths, key=int), max(widths, key=int)
-    best_width = max(widths, key=lambda width: widths[width]["best value"][few]["mean"])
-    sampled, solved = training["plain"]["pass@1"], training["mcts"]["pass@1"]
-    best_way, usual_best = widths[best_width]["best value"][few], usual["best value"][last]
+    by_width = [entry["best value"][few]["mean"] for entry in widths.values()]
+    sampled, solved, usual_best = training["plain"]["pass@1"], training["mcts"]["pass@1"], usual["best value"][last]
     out = {width: f"{1 - widths[width]['found'][last]['mean']:.1%}" for width in (narrow, wide)}
     return (
-        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, and {text(best_way)} with its best "
-        f"limit, {best_width} lines a node, {compared(best_way, voted[few])} the majority of plain samples "
-        f"({text(voted[few])}); with those of {many}, before which {text(record['mcts']['stuck'])} of the "
-        f"trees are stuck, it is {text(searched[many])}, {compared(searched[many], voted[many])} {text(voted[many])}. "
+        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, "
+        f"{compared(searched[few], voted[few])} the majority of plain samples ({text(voted[few])}), and "
+        f"{min(by_width):.1%} to {max(by_width):.1%} with limits of {narrow} to {wide} lines a node; with those of "
+        f"{many}, before which {text(record['mcts']['stuck'])} of the trees are stuck, it is {text(searched[many])}, "
+        f"{compared(searched[many], voted[many])} {text(voted[many])}. "
         f"Of the paper's reasons, a limit of {narrow} lines leaves the solution out of {out[narrow]} of the trees after "
         f"{last} completions and one of {wide}, since breadth costs, out of {out[wide]}; the value model is right about "
         f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "

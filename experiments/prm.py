@@ -1,11 +1,12 @@
 """A process reward model (PRM): reward each line of the search, not only the answer. DeepSeek-R1 (arXiv 2501.12948),
 section 4.2, gave it up for three reasons: steps are hard to define, labels are hard to get, and a policy hacks it.
 
-In Countdown a step is a line, and the exact solver labels it: behind "27/3=9 need,5 4:", can 5 and 4 still make 9? So
-the second reason is gone, and the other two can be measured:
+In Countdown a step is a line, a whole path of moves, and the exact solver labels it by where the path ends: behind
+"26-9=17 need,9 2 1.17+1=18 need,9 2?18:", can 9 and 2 still make 18? So the second reason is gone, and the other two
+can be measured:
 
     scorer     a step scorer on a checkpoint's traces, read at the end of each line and, to see how far it looks ahead,
-               at its ":"; accuracy and calibration on held-out traces
+               at its ":"; accuracy and calibration on traces of test puzzles
     rerank     best of N by its scores, against majority voting and pass@N, at equal tokens: the scorer reads what the
                policy writes, so it pays twice for a completion
     noise      the same with 10% and 20% of the training labels flipped
@@ -16,8 +17,8 @@ the second reason is gone, and the other two can be measured:
     python -m experiments.prm --seed 0         # one seed, a terminal each; then without --seed for the picture
     python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 
-Traces for training are of train puzzles, everything that is reported is on held-out ones. Lines are Countdown's own, so
-this study knows no other task; nor does mcts.py.
+Traces for training are of train puzzles, what is reported is of test ones, the curves of GRPO of validation ones. Lines
+are Countdown's own, so this study knows no other task; nor does mcts.py.
 """
 
 import random
@@ -28,10 +29,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+import evaluate
 import train_countdown
 from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
-from experiments.scorer import best, choose_from_n, held_out_puzzles, mean_curves, reliability, train_scorer, vote
+from experiments.scorer import best, choose_from_n, mean_curves, reliability, test_puzzles, train_scorer, vote
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, sample_groups,
                                seed_folder, seeds_to_run, share_axis, text, with_interval)
 from machinery.checkpoints import load
@@ -52,12 +54,12 @@ class Config:
     train_samples: int = 4           # completions of each
     epochs: int = 2                  # passes over them
     learning_rate: float = 1e-3      # AdamW peak of the scorer, falling linearly to zero
-    n: int = 200                     # held-out puzzles a seed; seeds take different ones
+    n: int = 200                     # test puzzles a seed; seeds take different ones
     samples: int = 64                # completions of each: best of 1 to this many
     steps: int = 40                  # of GRPO
     batch_size: int = 128            # completions a step, in groups of 16
     prm_weight: float = 1.0          # of the step rewards' advantages beside the outcome's
-    eval_n: int = 512                # held-out puzzles of GRPO's evaluations
+    eval_n: int = 512                # puzzles of GRPO's evaluations: validation in its curves, test before and after
 
     def __post_init__(self):
         if self.samples < 2 or self.batch_size % 16:
@@ -121,11 +123,10 @@ def resumed(settings: train_countdown.Config) -> train_countdown.Config:
 
 
 def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:
-    """The policy's searches: of train puzzles for the scorer to learn from, and of held-out ones."""
+    """The policy's searches: of train puzzles for the scorer to learn from, and of test ones."""
     model, tokenizer = load(config.model)
-    asked = {"train": (sample_puzzles(config.train_puzzles, level="laptop", held_out=False, seed=seed),
-                       config.train_samples, seed),
-             "held-out": (held_out_puzzles(config.n, seed), config.samples, seed + 1000)}
+    asked = {"train": (sample_puzzles(config.train_puzzles, split="train", seed=seed), config.train_samples, seed),
+             "test": (test_puzzles(config.n, seed), config.samples, seed + 1000)}
 
     def write(puzzles, samples, seed, what):
         groups = sample_groups(model, tokenizer, puzzles, samples, seed, f"{what} traces")
@@ -143,17 +144,22 @@ def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:
 
 def score_and_rerank(config: Config, folder, traces: dict[str, list[Trace]], noise: float, seed: int) -> dict:
     """Trains a scorer on labels of which a share is flipped, and measures it. The clean one stays in FOLDER/scorer."""
-    train, held_out = traces["train"], traces["held-out"]
+    train, test = traces["train"], traces["test"]
     scorer = train_scorer(config.model, scorer_examples(train, noise, seed), epochs=config.epochs,
                           learning_rate=config.learning_rate, seed=seed, what=f"scorer, {noise:.0%} of labels flipped")
     if noise == 0:
         save_reward_model(scorer, load(config.model)[1], folder / "scorer")
-    scores = score_traces(scorer, held_out)
-    pairs = {kind: [(p, step.label) for t, row in zip(held_out, scores) for step, p in zip(t.steps, row)
+    scores = score_traces(scorer, test)
+    pairs = {kind: [(p, step.label) for t, row in zip(test, scores) for step, p in zip(t.steps, row)
                     if step.kind == kind] for kind in KINDS}
-    return {**{kind: reliability(p) for kind, p in pairs.items()}, "rerank": rerank(held_out, scores, config.samples),
-            "tokens_a_completion": sum(len(t.token_ids) for t in held_out) / len(held_out),
+    return {**{kind: reliability(p) for kind, p in pairs.items()}, "rerank": rerank(test, scores, config.samples),
+            "tokens_a_completion": sum(len(t.token_ids) for t in test) / len(test),
             "train_tokens": sum(len(t.token_ids) for t in train), "train_steps": sum(len(t.steps) for t in train)}
+
+
+def on_test_puzzles(config: Config, checkpoint) -> dict:
+    model, tokenizer = load(checkpoint)
+    return evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(n=config.eval_n))[0]
 
 
 def collect(config: Config) -> dict:
@@ -190,8 +196,12 @@ def collect(config: Config) -> dict:
             curves.append(curve)
         last = {name: average([sum(row[name] for row in curve[1:][-5:]) / len(curve[1:][-5:]) for curve in curves])
                 for name in ("prm_score", "prm_sum", "lines_that_reach", "lines", "completion_tokens", "truncated")}
-        arms[arm] = {"before": with_interval([c[0]["eval_pass@1"] for c in curves], config.eval_n),
-                     "after": with_interval([c[-1]["eval_pass@1"] for c in curves], config.eval_n),
+        before, after = ([piece(folder, f"{name} on test puzzles") for folder in folders] for name in
+                         ("base", Path(rl_config(config, folders[0], arm, 0).out).name))
+        arms[arm] = {"before": with_interval([table["pass@1"] for table in before], config.eval_n),
+                     "after": with_interval([table["pass@1"] for table in after], config.eval_n),
+                     **{f"{count}_numbers": average([table[f"pass@1_{count}_numbers"] for table in after])
+                        for count in (3, 4)},
                      "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
     return {"scorers": scorers, "arms": arms,
@@ -234,7 +244,7 @@ def draw(record: dict, path) -> None:
         reached.plot(x, [sum(v) / len(v) for v in values], "o-", color=f"C{i}", markersize=3, label=arm)
         reached.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
     score.set_title("GRPO: the scorer's probabilities, summed over a completion's lines", fontsize=10)
-    reached.set_title("GRPO: held-out pass@1", fontsize=10)
+    reached.set_title("GRPO: validation pass@1", fontsize=10)
     belief.set_title("lines that reach the target: scorer (solid), truth (dotted)", fontsize=10)
     share_axis(reached, "compute (TFLOPs), the scorer's training included", log=False)
     score.set_xlabel("step")
@@ -261,13 +271,14 @@ def table(record: dict) -> str:
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
         rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'], seeds=True)}",
+                     text(entry["3_numbers"]), text(entry["4_numbers"]),
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
                      text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
                      f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]),
                      f"{entry['tflops']['mean']:.2f}"])
-    reward = markdown(["GRPO on", "held-out pass@1 (seeds)", "scorer's probability of a line", "its sum",
-                       "lines that reach the target", "lines", "tokens", "truncated", "TFLOPs"], rows)
+    reward = markdown(["GRPO on", "test pass@1 (seeds)", "3 numbers", "4 numbers", "scorer's probability of a line",
+                       "its sum", "lines that reach the target", "lines", "tokens", "truncated", "TFLOPs"], rows)
     return f"{scorer}\n\n{choice}\n\n{reward}"
 
 
@@ -284,10 +295,10 @@ def verdict(record: dict) -> str:
         compared(both["after"], outcome["after"])]
     saved = outcome["tflops"]["mean"] / both["tflops"]["mean"]
     return (
-        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of held-out lines, with the best of "
-        f"{half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
+        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of the lines on test puzzles, with the "
+        f"best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
         f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
-        f"completion's lines going {before:.2f} to {after:.2f} while held-out pass@1 goes "
+        f"completion's lines going {before:.2f} to {after:.2f} while test pass@1 goes "
         f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}, and {use} beside the outcome reward: "
         f"{text(both['after'])} against {text(outcome['after'])} without it for {saved:.0%} of the compute.")
 
@@ -300,11 +311,14 @@ def main() -> None:
         for noise in NOISES:
             piece(folder, f"scorer {noise}", lambda: score_and_rerank(config, folder, traces, noise, seed))
         scorer, tokenizer = load_reward_model(folder / "scorer")
+        piece(folder, "base on test puzzles", lambda: on_test_puzzles(config, config.model))
         for arm, (outcome_weight, prm_weight, form) in ARMS.items():
             settings = rl_config(config, folder, arm, seed)
             piece(folder, Path(settings.out).name, lambda: train_on_lines(
                 resumed(settings), scorer, tokenizer, (outcome_weight, config.prm_weight * prm_weight, form),
                 "python -m experiments.prm"))
+            piece(folder, f"{Path(settings.out).name} on test puzzles",
+                  lambda: on_test_puzzles(config, Path(settings.out) / "checkpoint"))
     if config.seed < 0:
         finish(config, "prm", collect(config), draw, table, verdict)
 

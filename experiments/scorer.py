@@ -17,9 +17,9 @@ from machinery.optimizer import MasterAdamW, clip_gradients
 from preference import RewardModel
 
 
-def held_out_puzzles(n: int, seed: int) -> list[Puzzle]:
-    """n held-out puzzles; different seeds take different ones, as long as the level has them."""
-    return sample_puzzles((seed + 1) * n, level="laptop", held_out=True, seed=0)[seed * n:]
+def test_puzzles(n: int, seed: int) -> list[Puzzle]:
+    """n test puzzles; different seeds take different ones, as long as the level has them."""
+    return sample_puzzles((seed + 1) * n, split="test", seed=0)[seed * n:]
 
 
 def train_scorer(model: str, examples: list[tuple], *, epochs: int, learning_rate: float, seed: int, what: str):

@@ -111,7 +111,7 @@ def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str,
     groups, size = [], max(1, 1024 // samples)  # puzzles at a time
     for first in tqdm(range(0, len(puzzles), size), desc=what, unit="batch"):
         prompts = [make_prompt(puzzle) + start for puzzle in puzzles[first:first + size] for _ in range(samples)]
-        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=512, seed=seed,
+        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=1024, seed=seed,
                                                   first_index=first * samples)
         rows = list(zip(prompt_ids, completions, [start + words for words in texts]))
         groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]

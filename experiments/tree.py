@@ -19,7 +19,7 @@ from machinery.checkpoints import end_tokens
 from sampling import sample
 
 START = "<think>\n"  # every search and every completion begins behind it
-MAX_LINE, MAX_DEPTH, CONTEXT = 80, 16, 1024  # tokens of a line; lines of a path; tokens that the policy can read
+MAX_LINE, MAX_DEPTH, CONTEXT = 80, 48, 2048  # tokens of a line; lines of a search; tokens that the policy can read
 PATIENCE = 1000  # selections in a row that end where nothing can be added: the search is stuck
 
 

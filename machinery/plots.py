@@ -20,8 +20,10 @@ from matplotlib.ticker import LogLocator, PercentFormatter  # noqa: E402
 from machinery.data import read_jsonl  # noqa: E402
 from machinery.tasks import find_tasks  # noqa: E402
 
-PANELS = (  # title, metric of the training completions, held-out metric or None, share (drawn from 0 to 1) or not
+PANELS = (  # title, metric of the training completions, validation metric or None, share (drawn from 0 to 1) or not
     ("accuracy", "accuracy", "eval_pass@1", True),
+    ("accuracy, 3 numbers", "accuracy_3_numbers", "eval_pass@1_3_numbers", True),
+    ("accuracy, 4 numbers", "accuracy_4_numbers", "eval_pass@1_4_numbers", True),
     ("format", "format", "eval_format", True),
     ("completion length (tokens)", "completion_tokens", "eval_completion_tokens", False),
     ("backtracks per completion", "backtracks", "eval_backtracks", False),
@@ -68,7 +70,7 @@ def series(groups: list[list[dict]], name: str) -> tuple[list[int], list[float],
 
 
 def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
-    """One figure of panels against steps. Thin: the step's own training completions; dots: held-out problems. A panel that
+    """One figure of panels against steps. Thin: the step's own training completions; dots: validation problems. A panel that
     would show nothing, or nothing but zeros, is left out."""
     panels = [panel for panel in panels if any(any(series(groups, name)[3]) for groups in lines.values()
                                                for name in panel[1:3] if name)]
@@ -77,15 +79,15 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for axis, (title, train, held_out, share) in zip(axes.flat, panels):
+    for axis, (title, train, validation, share) in zip(axes.flat, panels):
         for i, (label, groups) in enumerate(lines.items()):
             colour = colours[i % len(colours)]
             steps, mean, low, high = series(groups, train)
-            axis.plot(steps, mean, color=colour, alpha=0.45 if held_out else 1, linewidth=1 if held_out else 1.5,
+            axis.plot(steps, mean, color=colour, alpha=0.45 if validation else 1, linewidth=1 if validation else 1.5,
                       label="train, each step" if len(lines) == 1 else None)
-            if held_out:
-                steps, mean, low, high = series(groups, held_out)
-                axis.plot(steps, mean, "o-", color=colour, markersize=4, label="held-out" if len(lines) == 1 else label)
+            if validation:
+                steps, mean, low, high = series(groups, validation)
+                axis.plot(steps, mean, "o-", color=colour, markersize=4, label="validation" if len(lines) == 1 else label)
             if len(groups) > 1:
                 axis.fill_between(steps, low, high, color=colour, alpha=0.15)
         axis.set_title(title, fontsize=10)
@@ -167,13 +169,13 @@ def plot_ladder(table: dict, out) -> Path:
 
 def plot_hacking(runs: list[list[dict]], out) -> Path:
     """A policy that trains on the reward model's score alone: the score, what the rule says of the same replies, and
-    what is left of the held-out puzzles. Thin: each step, whose questions differ; thick: the mean of ten; band: range
+    what is left of the validation puzzles. Thin: each step, whose questions differ; thick: the mean of ten; band: range
     of the runs."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
     for axis, name, label, colour in (
             (axes[0], "preference", "reward model's score (what it trains on)", "tab:orange"),
             (axes[1], "good", "replies that are good by the rule", "tab:blue"),
-            (axes[2], "eval_pass@1", "held-out puzzles: pass@1", "tab:green")):
+            (axes[2], "eval_pass@1", "validation puzzles: pass@1", "tab:green")):
         steps, mean, low, high = series(runs, name)
         if len(steps) > 20:
             axis.plot(steps, mean, color=colour, alpha=0.4, linewidth=1)

@@ -7,7 +7,7 @@ Memory is memory.py's estimate of the peak on the device. Of the GPU presets no 
 """
 
 PRESETS = {
-    # 1 GiB, 4 to 11 minutes on 2 CPU cores: the defaults of train_countdown.Config, in fp32
+    # 1 GiB, 4 minutes on 2 CPU cores: the defaults of train_countdown.Config, in fp32
     "laptop": {},
 
     # 1.5B parameters, all of them trained: 12 GiB on the GPU and 18 GiB of host memory; time not measured.

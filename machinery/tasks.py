@@ -2,19 +2,19 @@
 
     LEVELS     {name: whatever the task wants}; the first is the default
     WEIGHTS    {"accuracy": 1.0, "format": 0.2}: the reward is the sum of weight * part
-    draw(rng, level, split) -> problem       a NamedTuple or a dict of JSON values; split is "train" or "test"
+    draw(rng, level, split) -> problem       a NamedTuple or a dict of JSON values; split: countdown.SPLITS
     key(problem) -> str                      what makes two problems the same: for the split, and for distinct draws
     question(problem, style) -> str          words only: no chat template, no BOS, no <think>; in style tiny all of it
     score(problem, text) -> (parts, verdict) {"accuracy": 1.0, ...}, and "correct" or why not; never raises on text
     gold(problem) -> str                     a completion that score calls correct
 
-and, where it has them, watch(problem, text) -> {name: number}, measured and never paid; vote(problem, texts) -> answer of
-the majority (else the commonest answer as text); examples(rng, level, style, n) -> [(question, completion)] for few-shot
-prompts (else train problems with their gold). Two parts are not the task's to score, and are filled in where WEIGHTS
-names them: "language" (share of the thinking in --language) and "preference" (a reward model's score, in a batch).
+and, where it has them, watch(problem, text) -> {name: number}, measured and never paid; group(problem) -> str, a kind
+of problem whose accuracy is also given alone; vote(problem, texts) -> answer of the majority (else the commonest answer
+as text); examples(rng, level, style, n) -> [(question, completion)] for few-shot prompts (else train problems with their
+gold). Two parts are not the task's to score, and are filled in where WEIGHTS names them: "language" (share of the thinking in --language) and "preference" (a reward model's score, in a batch).
 countdown.py is one, a JSONL file of questions and answers another (tasks/questions.py); docs/fork-it.md shows more.
 
-    --task countdown | arithmetic | general | my_task.py | my_questions.jsonl | countdown=3,general=1
+    --task countdown | arithmetic | code | general | my_task.py | my_questions.jsonl | countdown=3,general=1
 """
 
 import importlib
@@ -27,11 +27,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from countdown import check_style, distinct, fill_template
+from countdown import SPLITS, check_split, check_style, distinct, fill_template
 from machinery.flags import fail
 from rewards import answer_or_text, language_reward
 
-BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "general": "tasks.general"}
+BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "code": "tasks.code", "general": "tasks.general"}
 NAMES = ("LEVELS", "WEIGHTS", "draw", "key", "question", "score", "gold")
 FILLED_IN = ("language", "preference")
 PATIENCE = 1_000_000  # random numbers that a draw may take before its split counts as empty
@@ -64,6 +64,9 @@ class Task:
     def watch(self, problem, text: str) -> dict[str, float]:
         return self.seam.watch(problem, text) if hasattr(self.seam, "watch") else {}
 
+    def group(self, problem) -> str:
+        return self.seam.group(problem) if hasattr(self.seam, "group") else ""
+
     def vote_is_right(self, problem, texts: list[str]) -> bool:
         if hasattr(self.seam, "vote"):
             winner = self.seam.vote(problem, texts)
@@ -76,9 +79,10 @@ class Task:
 @lru_cache(maxsize=16)
 def distinct_problems(name: str, seam, level: str, n: int, split: str, seed: int) -> list:
     """Task.problems, drawn once: an evaluation asks for the same ones each time, and a large level takes seconds."""
-    rng, what = random.Random(seed), {"train": "train", "test": "held-out"}[split]
+    check_split(split)
+    rng = random.Random(seed)
     return distinct(n or 512, lambda: seam.draw(rng, level, split), seam.key, f"task {name} at level {level!r}",
-                    f"{what} problems", fewer=not n)
+                    f"{split} problems", fewer=not n, group=getattr(seam, "group", lambda problem: ""))
 
 
 class Score(NamedTuple):
@@ -86,6 +90,7 @@ class Score(NamedTuple):
     parts: dict[str, float]
     watched: dict[str, float]
     verdict: str             # correct, or why not
+    group: str               # of the problem, "" for a task without groups
 
 
 def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], judge, language: str) -> list[Score]:
@@ -103,7 +108,7 @@ def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], 
         reward = sum(weight * parts[name] for name, weight in task.weights.items())
         if not math.isfinite(reward):
             fail(f"got a reward of {reward} from task {task.name} for {text[:60]!r} ({parts}), expected a finite number")
-        scores.append(Score(reward, parts, task.watch(problem, text), verdict))
+        scores.append(Score(reward, parts, task.watch(problem, text), verdict, task.group(problem)))
     return scores
 
 
@@ -226,9 +231,9 @@ class Limited(random.Random):
 
 
 def check_task(task: Task, style: str) -> None:
-    """Raises ValueError unless both splits can be drawn from and do not meet, and every gold is correct."""
+    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct."""
     seam, keys = task.seam, {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         rng = Limited(0)
         try:
             problems = [seam.draw(rng, task.level, split) for _ in range(20)]
@@ -236,8 +241,11 @@ def check_task(task: Task, style: str) -> None:
             if rng.left >= 0:
                 raise
             raise ValueError(f"got task {task.name} without a {split} problem at level {task.level!r} ({error}); "
-                             "expected draw(rng, level, split) to know both train and test") from None
-        keys[split] = {seam.key(problem) for problem in problems}
+                             f"expected draw(rng, level, split) to know {', '.join(SPLITS)}") from None
+        for problem in problems:
+            if keys.setdefault(seam.key(problem), split) != split:
+                raise ValueError(f"got task {task.name}, which draws {seam.key(problem)!r} for {keys[seam.key(problem)]} and "
+                                 f"for {split}; expected each key in one of them: see countdown.split_of")
         for problem in problems:
             parts, verdict = seam.score(problem, seam.gold(problem))
             if verdict != "correct":
@@ -247,6 +255,3 @@ def check_task(task: Task, style: str) -> None:
                 raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its "
                                  f"score gives ({', '.join(parts) or 'none'})")
             seam.question(problem, style)
-    if both := keys["train"] & keys["test"]:
-        raise ValueError(f"got task {task.name}, which draws {both.pop()!r} for train and for test; expected each key in "
-                         "one of them: see countdown.split_of")

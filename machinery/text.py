@@ -92,8 +92,13 @@ def read_tokenizer(directory: Path, vocab_size: float = math.inf):
 
 
 def check_room(tokenizer, prompts: list[str], style: str, max_new_tokens: int, context: int) -> None:
-    """Raises ValueError where the longest prompt and a completion are more than the context holds."""
+    """Raises ValueError where the longest prompt and a completion are more than the context holds, and for numbers that a
+    tiny model never read."""
     longest = max(map(len, encode_prompts(tokenizer, prompts, style)))
+    if tokenizer.unk_token == TINY_UNKNOWN and style == "tiny" and (
+            large := max((int(number) for prompt in prompts for number in re.findall("[0-9]{3,9}", prompt)), default=0)) > 100:
+        raise ValueError(f"got a prompt with the number {large}, but the tiny models read no number above 100; expected "
+                         "another --level, or another --model")
     if longest + max_new_tokens > context:
         raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {max_new_tokens}, together more than the "
                          f"model's context of {context}; lower --max-new-tokens")

@@ -9,7 +9,7 @@
 import random
 from typing import NamedTuple
 
-from countdown import split_of
+from countdown import check_split, split_of
 from rewards import format_reward, parse_expression
 from tasks import ask
 from tasks.questions import check_answer
@@ -32,6 +32,7 @@ class Problem(NamedTuple):
 
 
 def draw(rng: random.Random, level: str, split: str) -> Problem:
+    check_split(split)
     shapes, first, others = LEVELS[level]
     while True:
         shape = rng.choice(shapes)
@@ -44,7 +45,8 @@ def draw(rng: random.Random, level: str, split: str) -> Problem:
 
 def key(problem: Problem) -> str:
     """3+4*2 and 2*4+3 are the same, and so on the same side of the split."""
-    return "+".join(sorted("*".join(sorted(product.split("*"))) for product in problem.expression.split("+")))
+    products = ("*".join(sorted(product.split("*"), key=int)) for product in problem.expression.split("+"))
+    return "+".join(sorted(products, key=lambda product: (len(product), product)))  # by size, as tasks/general.py has sums
 
 
 def question(problem: Problem, style: str) -> str:

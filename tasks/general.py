@@ -9,7 +9,9 @@ DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200
 as "hello", for which no chain of thought is given. Section 2.3.4: reward models score general prompts.
 
 The tiny model's world is small enough to know every good reply, so is_good is a rule, the truth beside the reward
-model's opinion. For a real checkpoint bring prompts of your own (tasks/questions.py). No torch in here.
+model's opinion. What it says of held-out prompts is of two kinds: sums are split by hash, as puzzles are; the small talk
+of NEW stands in no corpus and in no data of any stage, while that of SMALL_TALK is known to all of them. For a real
+checkpoint bring prompts of your own (tasks/questions.py). No torch in here.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from countdown import split_of
+from countdown import check_split, split_of
 from rewards import TAGS
 
 SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
@@ -36,30 +38,48 @@ SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
     "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
 }
+NEW = {  # held-out prompts in words that are known -> the prompts above whose friendly replies answer them
+    "validation": {"hello, how are you?": ("hello", "how are you?"), "hi, who are you?": ("hi", "who are you?"),
+                   "thank you, goodbye!": ("thank you", "goodbye"), "very good, thank you!": ("thank you",),
+                   "hallo, guten morgen!": ("hallo", "guten morgen"), "danke sehr!": ("danke",)},
+    "test": {"good morning, how are you?": ("good morning", "how are you?"), "hello, nice to see you!": ("hello", "hi"),
+             "thank you, have a good day!": ("thank you", "have a good day"), "see you!": ("goodbye",),
+             "hallo, wie geht es dir?": ("hallo", "wie geht es dir?"), "sehr gut, danke!": ("danke",)},
+}
 GERMAN = ("hallo", "guten morgen", "wie geht es dir?", "danke")
 DOUBT = {"en": ("wait", "check"), "de": ("halt", "prüfe")}  # what a needless chain of thought is made of
 FLAWS = ("wrong", "rude", "rambling", "thinking")  # wrong is for arithmetic, rude for small talk
 
 
-def draw_question(rng: random.Random) -> dict:
+def draw_question(rng: random.Random, split: str = "train") -> dict:
     """{"prompt", "kind": arithmetic or small_talk, "language", "good": replies that answer it}; half of each kind."""
-    if rng.random() < 0.5:
+    check_split(split)
+    return draw_sum(rng, split) if rng.random() < 0.5 else rng.choice(small_talk(split))
+
+
+def draw_sum(rng: random.Random, split: str) -> dict:
+    """One operation on two numbers from 1 to 10, in either language. 3+4 and 4+3 are on the same side of the split."""
+    while True:
         a, b, op = rng.randint(1, 10), rng.randint(1, 10), rng.choice("+-*/")
-        if op == "/":
-            a, b = max(a * b, 1), b
-        elif op == "-":
-            a, b = max(a, b), min(a, b)
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
-        language = rng.choice(("en", "de"))
-        return {"prompt": f"{'what is' if language == 'en' else 'was ist'} {a}{op}{b}?\n", "kind": "arithmetic",
-                "language": language, "good": [str(result)]}
-    prompt, (friendly, _) = rng.choice(list(SMALL_TALK.items()))
-    return {"prompt": f"{prompt}\n", "kind": "small_talk", "language": "de" if prompt in GERMAN else "en",
-            "good": list(friendly)}
+        a, b = {"/": (a * b, b), "-": (max(a, b), min(a, b))}.get(op, (a, b))
+        numbers = sorted((a, b)) if op in "+*" else (a, b)
+        if split_of(f"{numbers[0]}{op}{numbers[1]}") == split:
+            break
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+    language = rng.choice(("en", "de"))
+    return {"prompt": f"{'what is' if language == 'en' else 'was ist'} {a}{op}{b}?\n", "kind": "arithmetic",
+            "language": language, "good": [str(result)]}
+
+
+def small_talk(split: str) -> list[dict]:
+    """All there is: what training knows, or what it never meets."""
+    prompts = NEW[split] if split in NEW else {prompt: (prompt,) for prompt in SMALL_TALK}
+    return [{"prompt": f"{prompt}\n", "kind": "small_talk", "language": "de" if like[0] in GERMAN else "en",
+             "good": [reply for name in like for reply in SMALL_TALK[name][0]]} for prompt, like in prompts.items()]
 
 
 def flawed(question: dict, reply: str, flaw: str, rng: random.Random) -> str:
-    """A good reply made bad in one way."""
+    """A good reply of a train question made bad in one way."""
     prompt = question["prompt"].strip()
     if flaw == "wrong":
         return str(rng.choice([number for number in range(101) if str(number) != reply]))
@@ -99,15 +119,15 @@ WEIGHTS = {"preference": 1.0}  # the reward model's score; the rule only watches
 
 
 def draw(rng: random.Random, level: str, split: str) -> dict:
-    """A row of draw_question. The split is that of RL alone: the tiny base and SFT have read all of them."""
-    while True:
-        problem = draw_question(rng)
-        if split_of(key(problem)) == split:
-            return problem
+    return draw_question(rng, split)
 
 
 def key(problem: dict) -> str:
     return problem["prompt"]
+
+
+def group(problem: dict) -> str:
+    return problem["kind"]
 
 
 def question(problem: dict, style: str) -> str:

@@ -2,11 +2,11 @@
 
     python train_countdown.py --task my_questions.jsonl --model Qwen/Qwen2.5-1.5B-Instruct --style chat ...
 
-A hash of the question decides which three of ten are held out (countdown.split_of). Answers are compared exactly: as
-numbers where both are numbers (1,234 is 1234, 0.50 is 1/2, -3 is not 3), else as text, letter case and white space
-aside. In an answer with `#### 42` or `\\boxed{42}` that is what counts, in the file and in what the model writes. A model
-answers in <answer></answer>, or with nothing but the answer. Questions without any answer in the whole file have no rule:
-then a reward model judges (--preference). No torch in here.
+A hash of the question decides its split: 70% train, 15% validation, 15% test (countdown.split_of). Answers are compared
+exactly: as numbers where both are numbers (1,234 is 1234, 0.50 is 1/2, -3 is not 3), else as text, letter case and white
+space aside. In an answer with `#### 42` or `\\boxed{42}` that is what counts, in the file and in what the model writes. A
+model answers in <answer></answer>, or with nothing but the answer. Questions without any answer in the whole file have no
+rule: then a reward model judges (--preference). No torch in here.
 """
 
 import random
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from countdown import split_of
+from countdown import SPLITS, split_of
 from rewards import answer_or_text, format_reward
 from tasks import ask
 
@@ -54,7 +54,7 @@ def check_answer(text: str, expected: str) -> str:
 class Questions:
     """The task that a file makes."""
     path: Path
-    rows: dict[str, list[dict]]  # train and test
+    rows: dict[str, list[dict]]  # of each split
     WEIGHTS: dict[str, float]
     LEVELS = {"all": None}
 
@@ -62,7 +62,7 @@ class Questions:
     def read(cls, path: Path) -> "Questions":
         """Raises ValueError with the file and the line where a row is wrong."""
         from machinery.data import check_characters, read_jsonl
-        rows, lines = {"train": [], "test": []}, {}
+        rows, lines = {split: [] for split in SPLITS}, {}
         given = read_jsonl(path)
         judged = not any("answer" in row for row in given)
         for number, row in enumerate(given, 1):
@@ -79,9 +79,9 @@ class Questions:
                 raise ValueError(f"got {path}, line {number}, with the question of line {first} and another answer; "
                                  "expected one answer for it")
             rows[split_of(same_words(question))].append({"question": question, "answer": answer})
-        if not rows["train"] or not rows["test"]:
-            raise ValueError(f"got {path} with {len(lines)} questions, of which {len(rows['train'])} are for training and "
-                             f"{len(rows['test'])} held out; expected some of both: bring more")
+        if not all(rows.values()):
+            counts = ", ".join(f"{len(own)} are for {split}" for split, own in rows.items())
+            raise ValueError(f"got {path} with {len(lines)} questions, of which {counts}; expected some of each: bring more")
         return cls(path, rows, {"preference": 1.0} if judged else {"accuracy": 1.0, "format": 0.2, "language": 0.0})
 
     def draw(self, rng: random.Random, level: str, split: str) -> dict:

@@ -103,7 +103,7 @@ def test_logits_of_another_tokenizer_are_refused(script, base, stranger, refused
     flags = (("--model", base, "--data", traces(tmp_path / "traces.jsonl")) if script is sft else
              ("--student", base, "--logits"))
     refused(script, *flags, "--teacher", stranger, "--out", tmp_path / "run",
-            says=("another tokenizer", "255 and 255 tokens, 2 of them different", "distil by text instead"))
+            says=("another tokenizer", "263 and 263 tokens, 2 of them different", "distil by text instead"))
     assert not (tmp_path / "run").exists()
 
 

@@ -166,15 +166,15 @@ def test_a_bad_model_directory_ends_in_one_line(script, spoil, says, base, refus
 
 
 def test_prompts_longer_than_the_context_are_refused(base, refused, tmp_path):
-    """Before work starts: the context of this model is 1,024 tokens."""
-    refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--max-new-tokens", "1020",
-            says=("max_new_tokens 1020", "context of 1024", "lower --max-new-tokens"))
-    refused(evaluate, "--model", base, "--max-new-tokens", "1020",
-            says=("max_new_tokens 1020", "context of 1024", "lower max_new_tokens to 10"))
+    """Before work starts: the context of this model is 2,048 tokens."""
+    refused(train_countdown, "--model", base, "--out", tmp_path / "run", "--max-new-tokens", "2040",
+            says=("max_new_tokens 2040", "context of 2048", "lower --max-new-tokens"))
+    refused(evaluate, "--model", base, "--max-new-tokens", "2040",
+            says=("max_new_tokens 2040", "context of 2048", "lower max_new_tokens to 20"))
     data = tmp_path / "data.jsonl"
-    run_folder.append_jsonl(data, *({"prompt": "hi\n", "completion": text} for text in ("+" * 1100, "hello")))
+    run_folder.append_jsonl(data, *({"prompt": "hi\n", "completion": text} for text in ("+" * 2100, "hello")))
     refused(sft, "--model", base, "--data", data, "--eval-rows", "1", "--out", tmp_path / "run",
-            says=("got a row of 1103 tokens", "row 1", "context of 1024"))
+            says=("got a row of 2103 tokens", "row 1", "context of 2048"))
     assert not (tmp_path / "run").exists()
 
 
@@ -343,3 +343,30 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
     last = read_jsonl(log)[-1]["step"]
     _, _, state = run_folder.load_checkpoint(run)
     assert state["step"] == last >= 2 and load(run / "checkpoint")
+
+
+# ------------------------------------------------------------------------------------------- levels, splits, vocabularies
+@pytest.mark.parametrize("script, flags, says", (
+    (evaluate, ("--split", "held-out"), ("got split 'held-out', expected one of test, validation, train",)),
+    (evaluate, ("--level", "three", "--n", 500), ("n=500", "about 328 test problems of 3 numbers", "ask for fewer")),
+    (train_countdown, ("--level", "three", "--eval-n", 500), ("n=500", "about 303 validation problems of 3 numbers")),
+    (train_countdown, ("--level", "hundreds", "--eval-n", 8), ("read no number above 100", "another --level")),
+), ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_a_level_that_cannot_be_asked_is_refused(script, flags, says, base, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(countdown.LEVELS, "hundreds", countdown.Level((2,), 900, (101, 999)))
+    where = () if script is evaluate else ("--out", tmp_path / "run")
+    refused(script, "--model", base, *flags, *where, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tiny_model_of_an_earlier_corpus_does_not_read_this_one(base, refused, tmp_path):
+    """Its vocabulary has no word for programs. What it knows all of it may learn."""
+    old = shutil.copytree(base, tmp_path / "old")
+    tokenizer = json.loads((old / "tokenizer.json").read_text())
+    del tokenizer["model"]["vocab"]["def"]
+    (old / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = tmp_path / "data.jsonl"
+    run_folder.append_jsonl(data, *corpus.write_corpus(corpus.Config(n=40, programs=1.0, chat=0.0)))
+    refused(sft, "--model", old, "--data", data, "--eval-rows", 4, "--out", tmp_path / "run",
+            says=("262 tokens of another version of the corpus", "expected models/tiny-base"))
+    assert not (tmp_path / "run").exists()

@@ -14,12 +14,13 @@ import torch
 import evaluate
 import sft
 import corpus
-from countdown import Puzzle, is_held_out, make_prompt, sample_puzzles, solve, vote, watch
+from countdown import Puzzle, make_prompt, sample_puzzles, solve, split_of, vote, watch
 from evaluate import Config, looks, pass_at_k, wilson_interval
 from machinery.checkpoints import save
 from machinery.tasks import find_tasks
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, verify
 from sampling import Completion
+from tasks.general import draw_sum, small_talk
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +134,32 @@ def test_looks_are_means_over_completions():
 
 # ------------------------------------------------------------------------------------------------------------ the whole
 def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
-    """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are held out, different, and asked in one call."""
-    puzzles = sample_puzzles(7, held_out=True, seed=5)
+    """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are test puzzles, different, and asked in one call."""
+    puzzles = sample_puzzles(7, split="test", seed=5)
     calls = fake_sampler(lambda prompt, i: answer(solve(*puzzles[i])) if i < 3 else "no idea")
     table, records = evaluate.evaluate(None, None, Config(n=7, seed=5))
     assert table["pass@1"] == 3 / 7 and (table["pass@1_low"], table["pass@1_high"]) == wilson_interval(3 / 7, 7)
     assert table["n"] == len(records) == len(calls[0][0]) == 7
     asked = [Puzzle(record["numbers"], record["target"]) for record in records]
-    assert all(map(is_held_out, asked)) and len({(tuple(sorted(numbers)), target) for numbers, target in asked}) == 7
+    assert {split_of(puzzle) for puzzle in asked} == {"test"}
+    assert len({(tuple(sorted(numbers)), target) for numbers, target in asked}) == 7
     assert [record["verdict"] for record in records] == ["correct"] * 3 + ["no single final answer"] * 4
     assert table["format"] == 3 / 7 and table["truncated"] == 0 and "maj@1" not in table
+    for count in (3, 4):
+        right = [i < 3 for i, puzzle in enumerate(puzzles) if len(puzzle.numbers) == count]
+        assert table[f"pass@1_{count}_numbers"] == sum(right) / len(right)
+
+
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_a_split_is_asked_alone(fake_sampler, split):
+    calls = fake_sampler(lambda prompt, i: "")
+    table, records = evaluate.evaluate(None, None, Config(n=20, split=split))
+    assert {split_of(Puzzle(record["numbers"], record["target"])) for record in records} == {split}
+    assert ("new_greetings" in table) == (split != "train")  # of what nothing trains on
+    sums = [prompt.split()[-1][:-1] for prompt in calls[1][0] if prompt.startswith(("what is", "was ist"))]
+    drawn = {question["prompt"] for rng in [random.Random(0)] for _ in range(3000)
+             for question in [draw_sum(rng, split)]}
+    assert len(sums) == 20 and all(f"what is {text}?\n" in drawn for text in sums)
 
 
 def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
@@ -150,12 +167,12 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     else.
 
     pass@1 = (1 + 1/4 + 0) / 3, pass@4 = 2/3, maj@4 = 1/3."""
-    puzzles = sample_puzzles(3, held_out=True, seed=0)
+    puzzles = sample_puzzles(3, split="test", seed=0)
 
     def write(prompt, i):
         puzzle, sample = puzzles[i // 4], i % 4
-        a, b, c = puzzle.numbers
-        wrong = f"{a}-{b}-{c}" if a + b + c == puzzle.target else f"{a}+{b}+{c}"
+        wrong = next(op.join(map(str, puzzle.numbers)) for op in "+-" if not verify(
+            op.join(map(str, puzzle.numbers)), *puzzle)[0])
         right = i // 4 == 0 or (i // 4 == 1 and sample == 0)
         return answer(solve(*puzzle) if right else wrong if sample > 1 else "0")
     calls = fake_sampler(lambda prompt, i: write(prompt, i) if i < 12 else "hello")
@@ -166,36 +183,41 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
 
 
 def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler):
-    """The second call: as many of each as there are puzzles. Every other greeting is thought over, the others get a
-    reply that is good for "hello" alone; every fourth sum is right."""
+    """The second call: about as many of each kind as there are puzzles. Every other greeting is thought over, the others
+    get a reply that is good for some; every fourth sum is right."""
     def write(prompt, i):
         if prompt.startswith(("what is", "was ist")):
             return str(eval(prompt.split()[-1].rstrip("?").replace("/", "//"))) if i % 4 == 0 else "-1"
-        return "hello, how can i help you?" if i % 2 else "<think>hello</think>"
+        return good if i % 2 else "<think>hello</think>"
+    good = "hello, how are you?"
     calls = fake_sampler(write)
     table, _ = evaluate.evaluate(None, None, Config(n=64))
     asked = calls[1][0]
-    assert len(asked) == 128 and set(asked[:64]) == {f"{greeting}\n" for greeting in evaluate.GREETINGS}
-    assert all(prompt.startswith(("what is", "was ist")) for prompt in asked[64:])
+    known, new = ([question["prompt"] for question in small_talk(split)] for split in ("train", "test"))
+    assert asked[:60] == known * 5 and asked[60:120] == new * 10 and not set(known) & set(new)
+    assert len(asked) == 184 and all(prompt.startswith(("what is", "was ist")) for prompt in asked[120:])
     assert table["needless_thinking"] == 0.5
-    assert (table["greetings"], table["arithmetic"]) == (4 / 64, 16 / 64)
+    answers = {question["prompt"]: question["good"] for split in ("train", "test") for question in small_talk(split)}
+    for name, places in (("greetings", range(60)), ("new_greetings", range(60, 120))):
+        assert table[name] == sum(i % 2 and good in answers[asked[i]] for i in places) / 60 > 0
+    assert table["arithmetic"] == sum(i % 4 == 0 for i in range(120, 184)) / 64
 
 
 def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
     calls = fake_sampler(lambda prompt, i: "")
     evaluate.evaluate(None, None, Config(n=3, shots=2))
     shots = "".join(prompt + text + "\n\n" for prompt, text in corpus.examples(random.Random(0), "laptop", 2))
-    assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, held_out=True, seed=0)]
+    assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, split="test", seed=0)]
 
 
 @pytest.mark.parametrize("style, level", (
-    ("tiny", "laptop"), ("tiny", "laptop4"), ("base", "tinyzero"), ("chat", "laptop")))
+    ("tiny", "laptop"), ("tiny", "three"), ("base", "tinyzero"), ("chat", "laptop")))
 def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
     task, = find_tasks("countdown", level)
     examples = corpus.examples(random.Random(3), level, 12) if style == "tiny" else task.examples(12, style, 3)
     for question, text in examples:
         *numbers, target = map(int, re.findall(r"\d+", question.split("(1+2)/3")[0].replace("each number exactly once", "")))
-        assert not is_held_out(Puzzle(tuple(numbers), target))
+        assert split_of(Puzzle(tuple(numbers), target)) == "train"
         assert accuracy_reward(text, numbers, target) == format_reward(text) == 1.0
 
 
@@ -221,10 +243,10 @@ def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, mo
                                       "--max-new-tokens", "8", "--show", "3", "--json", str(tmp_path / "table.json")])
     evaluate.main()
     out = capsys.readouterr().out
-    assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 problems x 2)" in out
+    assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 test problems x 2)" in out
     assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks",
                                         "reflection_words", "language", "needless_thinking"))
     assert out.count("=> ") == 3
-    assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, held_out=True, seed=0))
+    assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, split="test", seed=0))
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["pass@1"] == 0 and table["n"] == 5 and table["seed"] == 0 and table["model"] == str(tmp_path / "model")

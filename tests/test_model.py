@@ -14,7 +14,7 @@ import corpus
 from machinery.checkpoints import end_tokens, load, replace_directory, save
 from model import KVCache, Model, init_weights
 
-SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+SMALL = dict(vocab_size=263, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # head_dim 8: frequencies 1, 0.1, 0.01 and 0.001 make 10, 1.02, 0.1 and 0.01 turns in 64 positions: the first is kept,
@@ -28,7 +28,7 @@ CONFIGS = {
     "llama3": (LlamaConfig, dict(rope_parameters=LLAMA3)),
     "no_groups": (Qwen3Config, dict(rope_parameters=ROPE, head_dim=8, num_key_value_heads=4)),  # a key head per query
 }
-IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))  # (B, T)
+IDS = torch.randint(0, 263, (3, 20), generator=torch.Generator().manual_seed(0))  # (B, T)
 
 
 def reference(name: str, tied: bool, seed: int = 0):

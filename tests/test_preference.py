@@ -90,9 +90,9 @@ def test_scores_come_in_the_order_of_the_prompts(judge):
 
 
 def test_a_reply_that_is_too_long_scores_as_its_beginning(judge):
-    """The context of this model is 1,024 tokens: a policy that rambles must not end the run."""
-    score, longer = preference_scores(*judge, ["hello\n"] * 2, [" hello" * 2000, " hello" * 3000])
-    assert score == longer and math.isfinite(score)
+    """The context of this model is 2,048 tokens: a policy that rambles must not end the run."""
+    score, longer = preference_scores(*judge, ["hello\n"] * 2, [" hello" * 3000, " hello" * 4000])
+    assert score == pytest.approx(longer, abs=1e-6) and math.isfinite(score)
 
 
 def test_rows_end_with_eos_and_pairs_are_counted_by_their_flaw(judge, tmp_path):
@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_reward_model(monkeypatch, base, tmp_path):
     ({"prompt": "a", "chosen": "b"}, "line 301 without text in prompt, chosen and rejected"),
     ({"prompt": "a", "chosen": "", "rejected": "b"}, "line 301 without text"),
     ({"prompt": "a", "chosen": "b", "rejected": 5}, "line 301 without text"),
-    ({"prompt": "a", "chosen": "hi " * 2000, "rejected": "b"}, "more than the model's context of 1024"),
+    ({"prompt": "a", "chosen": "hi " * 4000, "rejected": "b"}, "more than the model's context of 2048"),
 ))
 def test_bad_pairs_are_refused_with_their_line(row, says, base, refused, tmp_path):
     append_jsonl(pairs_file(tmp_path / "pairs.jsonl"), row)

@@ -9,7 +9,7 @@ import pytest
 
 import rejection
 import sft
-from countdown import Puzzle, is_held_out, make_prompt, question, sample_puzzles, score, solve
+from countdown import Puzzle, make_prompt, question, sample_puzzles, score, solve, split_of
 from machinery import tasks
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
@@ -40,7 +40,7 @@ def completion(text: str, tokens: int = 10, truncated: bool = False) -> Completi
     (written("4+5=9?27 nein,\n9*3=27?27 ja"), {}, "one_language"),         # one language, but not the one asked for
     (written("4+5=9, 9*3=27"), {}, None),                                  # no words at all mix nothing
     (written("9 yes"), {"tokens": 400}, None),
-    (written("9 yes"), {"tokens": 401}, "short_enough"),
+    (written("9 yes"), {"tokens": 801}, "short_enough"),
     (written("9 yes"), {"truncated": True}, "short_enough"),
     (written("4+5=9 no,\n3*4=12 no,\n4+5=9 no,"), {}, "not_repetitive"),
     (written("4+5=9 no,\n\n\n3*4=12 no,"), {}, None),                      # empty lines repeat nothing
@@ -52,7 +52,7 @@ def test_which_filter_drops_a_completion(text, done, dropped_by):
 
 def test_the_filters_follow_their_settings():
     long, twice = written("9 yes"), written("no,\nno,")
-    assert rejection.short_enough(long, completion(long, 401), score(PUZZLE, long), Config(max_tokens=401))
+    assert rejection.short_enough(long, completion(long, 801), score(PUZZLE, long), Config(max_tokens=801))
     assert rejection.not_repetitive(twice, completion(twice), score(PUZZLE, twice), Config(max_repeats=2))
     assert rejection.one_language(written("9 ja"), completion(long), score(PUZZLE, long), Config(language="de"))
 
@@ -110,7 +110,7 @@ def test_a_row_says_where_it_came_from(fake_sampler, model):
     for index, row in enumerate(rows):
         assert row["prompt"] == f"using {' '.join(map(str, row['numbers']))} make {row['target']}\n"
         assert accuracy_reward(row["completion"], row["numbers"], row["target"]) == 1.0
-        assert not is_held_out(Puzzle(row["numbers"], row["target"]))  # held-out puzzles teach nobody
+        assert split_of(Puzzle(row["numbers"], row["target"])) == "train"  # the others teach nobody
         assert row | {"language": "en", "tokens": 10, "source": "runs/x/checkpoint", "round": 2, "seed": 7,
                       "index": index} == row
 
@@ -118,7 +118,7 @@ def test_a_row_says_where_it_came_from(fake_sampler, model):
 def test_a_row_holds_the_question_without_a_template(monkeypatch, model):
     """sft.py --style base puts it into the template, and takes the <think> that the prompt ends with from the
     completion."""
-    puzzles = sample_puzzles(2, held_out=False, seed=0)
+    puzzles = sample_puzzles(2, split="train", seed=0)
 
     def complete(model, tokenizer, prompts, **settings):
         assert prompts == [make_prompt(puzzle, "base") for puzzle in puzzles]
@@ -266,7 +266,7 @@ def test_broken_replies_are_refused_before_anything_is_sampled(base, refused, tm
 
 @pytest.mark.parametrize("flags, says", (
     (("--n", 100_000), ("has only about", "ask for fewer")),
-    (("--max-new-tokens", 1020), ("more than the model's context of 1024", "lower --max-new-tokens")),
+    (("--max-new-tokens", 2040), ("more than the model's context of 2048", "lower --max-new-tokens")),
     (("--language", "fr"), ("got language 'fr', expected one of en, de",)),
     (("--samples", 0), ("got samples 0, expected more than 0",)),
     (("--non-cot-share", 1), ("non_cot_share within (0, 1)",)),
@@ -280,7 +280,7 @@ def test_bad_flags_are_refused(base, refused, tmp_path, flags, says, monkeypatch
 
 
 def few_puzzles(n, *rest, **settings):
-    raise ValueError(f"got n={n}, but task countdown has only about 1400 train problems; ask for fewer")
+    raise ValueError(f"got n={n}, but task countdown has only about 13000 train problems; ask for fewer")
 
 
 def test_a_model_that_is_not_there_leaves_nothing_behind(refused, tmp_path):

@@ -325,7 +325,7 @@ def scored(completion: str, weights: str = "", language: str = "en"):
     ("nein", 0.0, 0.0, 0.0, 0.0, "nothing earned"),
 ))
 def test_reward_is_the_weighted_sum_of_its_parts(completion, accuracy, format_, language, total):
-    reward, parts, _, _ = scored(completion, "format=0.1,language=0.5")
+    reward, parts, *_ = scored(completion, "format=0.1,language=0.5")
     assert parts == {"accuracy": accuracy, "format": format_, "language": language} and reward == pytest.approx(total)
 
 

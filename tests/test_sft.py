@@ -142,12 +142,25 @@ def test_a_finished_supervised_run_resumes_to_nothing(monkeypatch, data, tmp_pat
 def test_sft_makes_room_for_longer_rows(monkeypatch, base, tmp_path):
     """Rotary positions go on: logits of the places that both have are the same, and the config says the new context."""
     path = tmp_path / "rows.jsonl"
-    run_folder.append_jsonl(path, *({"prompt": f"using 3 4 5 make {i}\n" * 130, "completion": "yes"} for i in range(4)))
+    run_folder.append_jsonl(path, *({"prompt": f"using 3 4 5 make {i}\n" * 260, "completion": "yes"} for i in range(4)))
     flags = dict(data=path, model=base, eval_rows=1, learning_rate=1e-9)
-    assert call(monkeypatch, sft, out=tmp_path / "short", **flags) == 2  # 1,040 tokens and more
-    assert call(monkeypatch, sft, out=tmp_path / "long", context=2048, **flags) is None
+    assert call(monkeypatch, sft, out=tmp_path / "short", **flags) == 2  # 2,080 tokens and more
+    assert call(monkeypatch, sft, out=tmp_path / "long", context=4096, **flags) is None
     short, long = (load(path)[0] for path in (base, tmp_path / "long" / "checkpoint"))
-    assert (short.config.context, long.config.context) == (1024, 2048)
+    assert (short.config.context, long.config.context) == (2048, 4096)
     ids = torch.arange(3, 200)[None]
     assert torch.allclose(short(ids), long(ids), atol=1e-4)
-    assert long(torch.full((1, 1500), 7)).isfinite().all()
+    assert long(torch.full((1, 3000), 7)).isfinite().all()
+
+
+def test_the_llama_student_is_one_for_transformers_and_reads_digit_by_digit(monkeypatch, data, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    rows = supervised(monkeypatch, data, tmp_path / "run", from_scratch="llama-student", epochs=1)
+    assert rows[-1]["loss"] < rows[0]["loss"] == pytest.approx(math.log(172), abs=0.1)
+    model, tokenizer = load(tmp_path / "run" / "checkpoint")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    ids = torch.tensor([tokenizer("using 10 9 1 make 26\n")["input_ids"]])
+    assert isinstance(theirs, LlamaForCausalLM) and torch.allclose(model(ids), theirs(ids).logits, atol=1e-4)
+    assert tokenizer.convert_ids_to_tokens(ids[0])[1:4] == [" ", "1", "0"]
+    tiny = corpus.build_tokenizer()
+    assert tiny.get_vocab()[" make"] != tokenizer.get_vocab()[" make"]

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import countdown
+import evaluate
 import sft
 import train_countdown
 from conftest import TINY
-from countdown import is_held_out
+from countdown import split_of
 from machinery import run_folder
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
@@ -105,6 +106,8 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert json.loads((run / "config.json").read_text())["batch_size"] == 16
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
+    assert {"accuracy_3_numbers", "accuracy_4_numbers"} & rows[1].keys()
+    assert {"eval_pass@1_3_numbers", "eval_pass@1_4_numbers"} <= rows[0].keys()
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
             "equal_groups", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
     assert [row["step"] for row in read_jsonl(run / "rollouts.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16 + [4] * 16
@@ -117,7 +120,17 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert {path.name for path in run.iterdir()} == {"checkpoint", "config.json", "curve.png", "metrics.jsonl",
                                                      "rollouts.jsonl"}
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("held-out pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
+    assert last.startswith("validation pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
+
+
+def test_training_looks_at_validation_puzzles_and_at_no_test_puzzle(monkeypatch, base, tmp_path):
+    asked, complete = [], evaluate.complete
+    monkeypatch.setattr(evaluate, "complete", lambda model, tokenizer, prompts, **settings: asked.extend(
+        prompts) or complete(model, tokenizer, prompts, **settings))
+    train(monkeypatch, base, tmp_path / "run", steps=1)
+    puzzles = [prompt.split() for prompt in asked if prompt.startswith("using")]
+    assert len(puzzles) == 2 * 8
+    assert {split_of(countdown.Puzzle(tuple(map(int, words[1:-2])), int(words[-1]))) for words in puzzles} == {"validation"}
 
 
 def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):
@@ -136,7 +149,7 @@ def test_training_raises_its_reward(monkeypatch, base, tmp_path):
                  eval_every=100, learning_rate=4e-2)
     rewards = [row["reward"] for row in rows[1:]]
     assert rewards[0] < 0.4 and min(rewards[-3:]) > 0.8
-    assert len(seen) == 15 * 32 and not any(map(is_held_out, seen))
+    assert len(seen) == 15 * 32 and {split_of(puzzle) for puzzle in seen} == {"train"}
     assert len({puzzle for puzzle in seen}) > 15 * 3  # 4 fresh puzzles a step
 
 

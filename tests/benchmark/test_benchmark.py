@@ -181,7 +181,7 @@ def run(monkeypatch, *flags):
     (("--growth-seconds", 0), "got growth_seconds 0.0, expected more than 0"),
     (("--dtype", "fp64"), "dtype 'fp64', expected cpu or cuda, and float32 or bfloat16"),
     (("--device", "gpu"), "got device 'gpu'"),
-    (("--max-new-tokens", 2000), "lower --max-new-tokens"),
+    (("--max-new-tokens", 3000), "lower --max-new-tokens"),
     (("--model", "no/such/place"), "got model 'no/such/place'"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, flags, says):

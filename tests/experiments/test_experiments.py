@@ -1,5 +1,5 @@
-"""The four studies: their parts by hand, each of them from end to end in small, and the words and numbers of docs/studies.md,
-which are those of the committed results."""
+"""The four studies: their parts by hand, each of them from end to end in small, and the words and numbers of
+docs/studies.md, which are those of the committed results."""
 
 import importlib
 import json
@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import corpus
+import evaluate
+import sft
 import train_countdown
-from countdown import Puzzle, answer_value, fill_template, is_held_out, make_prompt, question, sample_puzzle, solve, vote
+from countdown import Puzzle, answer_value, fill_template, make_prompt, question, sample_puzzle, split_of, vote
 from evaluate import wilson_interval
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
 from sampling import Completion
@@ -23,7 +25,8 @@ from sampling import Completion
 ROOT = Path(study.__file__).parent.parent
 STUDIES = ("prm", "mcts", "few_shot", "aha")
 PUZZLE = Puzzle((3, 4, 5), 27)  # (4+5)*3
-TRACE = ("<think>\n5-4=1,3 1:3+1=4?27 no,3-1=2?27 no,\n27/3=9 need,5 4:5+4=9?9 yes\ncheck (5+4)*3=27 yes\n</think>\n"
+FOUR = Puzzle((9, 1, 9, 2), 26)  # ((9*2)-1)+9
+TRACE = ("<think>\n5-4=1,3 1?27:+4-2*3/3 no\n27/3=9 need,5 4?9:+9 yes\ncheck (5+4)*3=27 yes\n</think>\n"
          "<answer>(5+4)*3</answer>")
 
 
@@ -33,37 +36,54 @@ def tokenizer():
 
 
 # ---------------------------------------------------------------------------------------------- the PRM: labels, steps
-@pytest.mark.parametrize("header, reaches, why", (
-    ("5+4=9,9 3:", True, "9*3"),
-    ("5+4=9,3 9:", True, "the order of what is left does not matter"),
-    ("5-4=1,3 1:", False, "3 and 1 make 4, 2, 3, and 1/3"),
-    ("27/3=9 need,5 4:", True, "5+4 is 9, and 9*3 is 27"),
-    ("27/3=9 brauche,5 4:", True, "in German"),
-    ("27-3=24 need,5 4:", False, "5 and 4 make no 24"),
-    ("27/3=9,5 4:", False, "without the word, 27 is no number of the puzzle"),
-    ("5+4=8,8 3:", False, "a slip"),
-    ("5+4=9,9 4:", False, "4 twice, 3 never"),
-    ("5+5=10,10 3:", False, "5 twice"),
-    ("27/3=9 need,5 3:", False, "3 was used up"),
-    ("28/3=9 need,5 4:", False, "28 is not the target"),
-    ("27/4=6 need,5 3:", False, "27/4 is no 6"),
-    ("5/0=5,5 3:", False, "division by zero"),
-    ("hello:", False, "no header"),
+@pytest.mark.parametrize("puzzle, header, reaches, why", (
+    (PUZZLE, "5+4=9,9 3?27:", True, "9*3"),
+    (PUZZLE, "5+4=9,9 3:", True, "no goal is written without verification"),
+    (PUZZLE, "5+4=9,3 9?27:", True, "the order of what is left does not matter"),
+    (PUZZLE, "5-4=1,3 1?27:", False, "3 and 1 make 4, 2, 3, and 1/3"),
+    (PUZZLE, "27/3=9 need,5 4?9:", True, "5+4 is 9, and 9*3 is 27"),
+    (PUZZLE, "27/3=9 brauche,5 4?9:", True, "in German"),
+    (PUZZLE, "27-3=24 need,5 4?24:", False, "5 and 4 make no 24"),
+    (PUZZLE, "27/3=9 need,5 4?27:", False, "9 is needed"),
+    (PUZZLE, "27/3=9,5 4?9:", False, "without the word, 27 is no number of the puzzle"),
+    (PUZZLE, "5+4=8,8 3?27:", False, "a slip"),
+    (PUZZLE, "5+4=9,9 4?27:", False, "4 twice, 3 never"),
+    (PUZZLE, "5+5=10,10 3?27:", False, "5 twice"),
+    (PUZZLE, "27/3=9 need,5 3?9:", False, "3 was used up"),
+    (PUZZLE, "3+24=27,27 5 4.5-4=1,27 1?27:", False, "24 is no number of the puzzle"),
+    (PUZZLE, "28/3=9 need,5 4?9:", False, "28 is not the target"),
+    (PUZZLE, "27/4=6 need,5 3?6:", False, "27/4 is no 6"),
+    (PUZZLE, "5/0=5,5 3?27:", False, "division by zero"),
+    (PUZZLE, "hello:", False, "no header"),
+    (FOUR, "26-9=17 need,9 2 1.17+1=18 need,9 2?18:", True, "9*2 is 18, and 18-1+9 is 26"),
+    (FOUR, "26-9=17 need,9 2 1.17-9=8 need,2 1?8:", False, "2 and 1 make no 8"),
+    (FOUR, "26-9=17 need,9 2 1.9*2=18,18 1?17:", True, "backwards, then forwards: 18-1 is 17"),
+    (FOUR, "9*2=18,18 9 1.26-9=17 need,18 1?17:", True, "the same the other way round"),
+    (FOUR, "26-9=17 need,9 2 1.26+1=27 need,9 2?27:", False, "17 is the goal by then, not 26"),
+    (FOUR, "26-9=17 need,9 2 1.9*9=81,81 2?17:", False, "the first 9 was used up"),
+    (FOUR, "26-9=16 need,9 2 1.16+1=17 need,9 2?17:", False, "a slip in the first move"),
+    (FOUR, "26-9=17 need,9 2 1?17:", False, "a path ends at two numbers"),
+    (Puzzle((2, 2, 1, 1), 9), "2+1=3 need,2 1?3:", False, "9 is the goal, and it is not in there"),
+    (Puzzle((5, 5, 3, 3), 4), "5-5=0,3 3 0.4*0=0 need,3 3?0:", False, "3-3 is 0, but 0/0 is not 4"),
 ))
-def test_a_line_s_label_is_whether_its_numbers_left_reach_the_target(header, reaches, why):
-    assert line_rewards.still_reaches(header, PUZZLE) == reaches, why
+def test_a_line_s_label_is_whether_its_path_ends_where_the_goal_is_reached(puzzle, header, reaches, why):
+    assert line_rewards.still_reaches(header, puzzle) == reaches, why
 
 
 def test_labels_agree_with_the_lines_that_the_corpus_writes():
-    """Where a line of the corpus leads to an answer, its header is labelled 1; where the exact solver finds nothing in
-    what is left, 0. The solver knows fractions, which the corpus does not write, so it may say 1 more often."""
-    rng = random.Random(0)
+    """Paths of moves in both directions, for three and four numbers: by the corpus the pair at the end makes the goal
+    or does not, and by the exact solver, which reads the text alone, likewise."""
+    rng, labels = random.Random(0), []
     for puzzle in (sample_puzzle(rng) for _ in range(60)):
-        for line in corpus.candidate_lines(puzzle, corpus.Config()):
-            header = line.header.replace("{need}", "need") + f"{line.left[0]} {line.left[1]}:"
-            label = line_rewards.still_reaches(header, puzzle)
-            assert label == (solve(line.left, line.goal) is not None)
-            assert label or not corpus.solutions(line)
+        left = tuple(sorted(puzzle.numbers, reverse=True))
+        start = corpus.State(left, puzzle.target, tuple(map(str, left)), "{}")
+        for _ in range(40):
+            path = corpus.any_path(start, [rng.random() < 0.5 for _ in left[2:]], rng)
+            if path:
+                text, _ = corpus.write_line(path, lambda name: name, corpus.Draws(rng.random()), corpus.Config())
+                labels.append(line_rewards.still_reaches(text.partition(":")[0] + ":", puzzle))
+                assert labels[-1] == corpus.works(path[-1].state), (puzzle, text)
+    assert 100 < sum(labels) < len(labels) - 100
 
 
 def test_steps_are_the_lines_of_a_search_and_its_answer(tokenizer):
@@ -72,12 +92,12 @@ def test_steps_are_the_lines_of_a_search_and_its_answer(tokenizer):
     assert [(step.kind, step.label) for step in steps] == [
         ("ahead", 0.0), ("line", 0.0), ("ahead", 1.0), ("line", 1.0), ("answer", 1.0)]
     texts = ["".join(tokens[:step.index + 1]) for step in steps]
-    assert texts[0].endswith("5-4=1,3 1:") and texts[1].endswith("?27 no,\n") and texts[2].endswith("need,5 4:")
-    assert texts[3].endswith("?9 yes\n") and texts[4] == TRACE
+    assert texts[0].endswith("\n5-4=1,3 1?27:") and texts[1].endswith("/3 no\n") and texts[2].endswith("need,5 4?9:")
+    assert texts[3].endswith(":+9 yes\n") and texts[4] == TRACE
 
 
 def test_a_line_that_is_cut_off_is_judged_where_it_ends(tokenizer):
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>\n5+4=9,9 3:9+3=12?27 no,")["input_ids"])
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("<think>\n5+4=9,9 3?27:+12-")["input_ids"])
     assert line_rewards.find_steps(tokens, PUZZLE)[-1] == line_rewards.Step(len(tokens) - 1, "line", 1.0)
     assert line_rewards.find_steps(tokens[:3], PUZZLE) == []
 
@@ -119,8 +139,8 @@ def test_the_plain_vote_is_the_evaluator_s():
 
 
 def test_a_search_in_one_number():
-    steps = [line_rewards.Step(0, "ahead", 0), line_rewards.Step(1, "line", 0), line_rewards.Step(2, "ahead", 1), line_rewards.Step(3, "line", 1),
-             line_rewards.Step(4, "answer", 1)]
+    steps = [line_rewards.Step(i, kind, label) for i, (kind, label) in enumerate((
+        ("ahead", 0), ("line", 0), ("ahead", 1), ("line", 1), ("answer", 1)))]
     assert prm.weigh(steps, [0.9, 0.2, 0.9, 0.6, 0.7]) == {"mean": 0.4, "min": 0.2, "last": 0.6, "answer": 0.7}
     assert prm.weigh([], []) == {"mean": 0.0, "min": 0.0, "last": 0.0, "answer": 0.0}
 
@@ -141,7 +161,7 @@ def test_rerank_by_hand():
 @pytest.fixture
 def two_searches(tokenizer):
     """Of one group: a line that ends in yes, one that ends in no, each with two tokens behind it."""
-    texts = ("5+4=9,9 3:9*3=27?27 yes\nxx", "5-4=1,3 1:3+1=4?27 no,3*1=3?27 no,\nxx")
+    texts = ("5+4=9,9 3?27:+12-6*27 yes\nxx", "5-4=1,3 1?27:+4-2*3/3 no\nxx")
     completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in texts]
     return completions, [c.token_ids.index(tokenizer.convert_tokens_to_ids("\n")) for c in completions]
 
@@ -171,9 +191,9 @@ def test_step_rewards_reach_the_tokens_of_their_lines(tokenizer, two_searches, f
 
 
 def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
-    """"4+4=8,8 3:8*3=27?27 yes" is false twice, and the scorer that looks for a yes pays it as much as a true one."""
+    """"4+4=8,8 3?27:+11-5*27 yes" is false twice, and the scorer that looks for a yes pays it as much as a true one."""
     completions = [Completion(tokenizer(text)["input_ids"], [], False) for text in
-                   ("4+4=8,8 3:8*3=27?27 yes\n", "5+4=9,9 3:9*3=27?27 yes\n")]
+                   ("4+4=8,8 3?27:+11-5*27 yes\n", "5+4=9,9 3?27:+12-6*27 yes\n")]
     advantages, log = line_rewards.line_advantages(Yes(tokenizer), tokenizer, [PUZZLE] * 2, [[7]] * 2, completions,
                                                    torch.tensor([[2.0, -2.0]]), (0.0, 1.0, "normalised"))
     assert not advantages.any() and log["lines_that_reach"] == 0.5
@@ -196,8 +216,8 @@ def test_selection_weighs_value_prior_and_visits():
 def test_a_line_written_twice_is_one_child_and_costs_twice(tokenizer):
     root = tokenizer(make_prompt(PUZZLE) + tree.START)["input_ids"]
     own = tree.Search(PUZZLE, root)
-    line, end = tokenizer("5-4=1,\n")["input_ids"], [*tokenizer("</think><answer>(4+5)*3</answer>")["input_ids"],
-                                                    tokenizer.eos_token_id]
+    line = tokenizer("5-4=1,3 1?27:+4-2*3/3 no\n")["input_ids"]
+    end = [*tokenizer("</think><answer>(4+5)*3</answer>")["input_ids"], tokenizer.eos_token_id]
     lines = [Completion(line, [math.log(0.5)] + [0.0] * (len(line) - 1), False)] * 2
     lines += [Completion(end, [math.log(0.25)] + [0.0] * (len(end) - 1), False), Completion([9, 9], [-20.0] * 2, True)]
     own.add(own.root, lines, [0.4, 0.4, 0.9, 0.8], tokenizer, {tokenizer.eos_token_id})
@@ -213,7 +233,7 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
     """A random policy: nothing is solved, but the tokens are counted, and a search that can add nothing stops."""
     from machinery.checkpoints import load
     model, tokenizer = load(base)
-    puzzles = scorer.held_out_puzzles(3, 0)
+    puzzles = scorer.test_puzzles(3, 0)
     asked = []
 
     def value_of(rows):
@@ -252,7 +272,7 @@ def test_a_path_ends_where_the_policy_s_context_does(tokenizer):
 
 
 def test_growth_counts_different_beginnings():
-    """Rows 1 1 0 2, 1 1 0 3, 4, with 0 as the newline: 2 and then 2 beginnings by token; one line that two rows have."""
+    """Rows 1 1 0 2, 1 1 0 3, 4, with 0 as the newline: 2 and then 2 beginnings by token; one line, in two rows."""
     groups = [[(None, Completion(row, [], False), "") for row in ([1, 1, 0, 2], [1, 1, 0, 3], [4])]]
     table = mcts.growth(groups, newline=0, lines=2, tokens=4)
     assert table["tokens"]["different"] == [2, 1, 1, 2] and table["tokens"]["completions"] == [3, 2, 2, 2]
@@ -270,9 +290,9 @@ def test_returns_stand_at_every_end_of_a_line_and_shuffling_moves_them_whole():
     assert labels == {(1.0, 0.0), (0.0, 1.0)}
 
 
-def test_held_out_puzzles_of_seeds_are_different_ones():
-    sets = [set(scorer.held_out_puzzles(50, seed)) for seed in range(3)]
-    assert all(is_held_out(puzzle) for own in sets for puzzle in own)
+def test_seeds_are_measured_on_different_test_puzzles():
+    sets = [set(scorer.test_puzzles(50, seed)) for seed in range(3)]
+    assert {split_of(puzzle) for own in sets for puzzle in own} == {"test"}
     assert len(set.union(*sets)) == 150
 
 
@@ -280,15 +300,16 @@ def test_held_out_puzzles_of_seeds_are_different_ones():
 def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
     """What evaluate.py --shots puts before a puzzle is in the form of a page, and eight of them fit the context."""
     def prompt_of(seed):
-        return fill_template(question(PUZZLE), examples=corpus.examples(random.Random(seed), "laptop", 8))
+        return fill_template(question(PUZZLE), examples=corpus.examples(random.Random(seed), "three", 8))
     prompt = prompt_of(0)
-    page = next(d["prompt"] for d in corpus.write_corpus(corpus.Config(n=400, pages=1.0, chat=0.0))
+    page = next(d["prompt"] for d in corpus.write_corpus(corpus.Config(n=400, level="three", pages=1.0))
                 if d["prompt"].count("using") == 9)
     assert prompt.count("\n\nusing") == page.count("\n\nusing") == 8
     assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"]
     prompts = list(map(prompt_of, range(50)))
     longest = max(map(len, tokenizer(prompts)["input_ids"]))
-    assert longest + 512 <= few_shot.Config().context
+    context = sft.new_model("student", seed=0)[0].config.context
+    assert longest + evaluate.Config().max_new_tokens <= context
 
 
 def test_arms_of_the_aha_study_differ_in_one_switch():
@@ -340,9 +361,10 @@ def run(study_name, *flags):
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys):
     run(name, "--quick", "--out", tmp_path / "out")
     folder = tmp_path / "out-quick"
-    results = json.loads((folder / f"{name}.json").read_text())
+    results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
+    words = f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
     assert (folder / f"{name}.png").stat().st_size > 20_000
-    assert importlib.import_module(f"experiments.{name}").verdict(results) in capsys.readouterr().out
+    assert (folder / f"{name}.md").read_text() == words and words in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run(name, "--quick", "--out", tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
@@ -363,11 +385,11 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_command(name):
-    """Both sentences and all tables are made from the JSON, number for number, by the study itself."""
+    """Both sentences and all tables are those that the study itself made from its JSON."""
     study_, folder = importlib.import_module(f"experiments.{name}"), ROOT / "experiments" / "results"
     results, page = json.loads((folder / f"{name}.json").read_text()), (ROOT / "docs" / "studies.md").read_text()
-    assert study_.verdict(results) in page and study_.table(results) in page
-    assert (folder / f"{name}.md").read_text() == f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
+    verdict, tables = (folder / f"{name}.md").read_text().split("\n\n", 1)
+    assert verdict in page and tables in page
     assert f"](../experiments/results/{name}.png)" in page and f"python -m experiments.{name}" in page
     assert results["command"] == f"python -m experiments.{name}"
     assert (folder / f"{name}.png").stat().st_size > 20_000

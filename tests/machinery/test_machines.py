@@ -228,13 +228,14 @@ def test_few_pairs_are_enough_for_r1():
 
 
 @pytest.mark.parametrize("script, flags, says", (
-    (r1, ("--puzzles", 1600), ("n=1600", "ask for fewer")), (r1, ("--eval-n", 5000), ("n=5000", "ask for fewer")),
-    (r1, ("--max-new-tokens", 1024), ("max_new_tokens 1024", "context of 1024")),
+    (r1, ("--puzzles", 1600, "--level", "three"), ("n=1600", "ask for fewer")),
+    (r1, ("--eval-n", 400, "--level", "three"), ("n=400", "ask for fewer")),
+    (r1, ("--max-new-tokens", 2048), ("max_new_tokens 2048", "context of 2048")),
     (r1, ("--student", "models/no"), ("models/no", "no directory here")),
     (r1, ("--rl-flags", "--group-size 7"), ("group_size 7", "must divide")),
     (r1, ("--device", "tpu"), ("got device 'tpu'",)),
     (distill, ("--teacher", "no/checkpoint"), ("no/checkpoint", "without its input")),
-    (distill, ("--teacher", "models/tiny-base", "--n", 1600), ("n=1600", "ask for fewer")),
+    (distill, ("--teacher", "models/tiny-base", "--level", "three", "--n", 1600), ("n=1600", "ask for fewer")),
     (distill, ("--data", "no.jsonl"), ("no.jsonl", "is it spelt right?")),
     (rejection, ("--model", "models/tiny-base", "--rounds", 2, "--base", "models/no"), ("models/no", "no directory here")),
     (rejection, ("--model", "models/tiny-base", "--rounds", 2, "--sft-flags", "--epochs 0"), ("epochs 0",)),

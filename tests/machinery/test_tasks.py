@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import rejection
 import train_countdown
-from countdown import split_of
+from countdown import SPLITS, split_of
 from machinery import plots
 from machinery.data import read_jsonl
 from machinery.run_folder import append_jsonl
@@ -44,7 +44,7 @@ def task(request, files) -> Task:
 
 
 def test_gold_scores_full_marks_in_every_part_that_a_rule_gives(task):
-    for split in ("train", "test"):
+    for split in SPLITS:
         rng = random.Random(1)
         for problem in (task.seam.draw(rng, task.level, split) for _ in range(30)):
             parts, verdict = task.seam.score(problem, task.seam.gold(problem))
@@ -55,11 +55,11 @@ def test_gold_scores_full_marks_in_every_part_that_a_rule_gives(task):
 
 def test_draws_follow_from_their_seed_and_stay_on_their_side(task):
     drawn = {split: [task.seam.draw(rng, task.level, split) for rng in [random.Random(3)] for _ in range(60)]
-             for split in ("train", "test")}
+             for split in SPLITS}
     again = [task.seam.draw(rng, task.level, "train") for rng in [random.Random(3)] for _ in range(60)]
     assert again == drawn["train"] and len({task.seam.key(problem) for problem in again}) > 5
     keys = {split: {task.seam.key(problem) for problem in problems} for split, problems in drawn.items()}
-    assert not keys["train"] & keys["test"]
+    assert len(set.union(*keys.values())) == sum(map(len, keys.values()))  # no key is of two splits
     json.dumps(drawn)  # a problem is JSON
 
 
@@ -82,7 +82,7 @@ def test_a_task_with_few_problems_gives_what_it_has_or_says_so(files):
     task, = find_tasks(files["sums"])
     held_out = task.seam.rows["test"]
     assert sorted(map(task.seam.key, task.problems(0, "test", 1))) == sorted(map(task.seam.key, held_out))
-    with pytest.raises(ValueError, match=f"got n=500, but task sums .* only about {len(held_out)} held-out problems"):
+    with pytest.raises(ValueError, match=f"got n=500, but task sums .* only about {len(held_out)} test problems"):
         task.problems(500, "test", 1)
 
 
@@ -122,13 +122,13 @@ def test_weights_override_the_tasks_own():
 
 
 @pytest.mark.parametrize("flags, says", (
-    (("--task", "chess"), ("got task 'chess', expected one of countdown, arithmetic, general, a .py or a .jsonl file",)),
+    (("--task", "chess"), ("got task 'chess', expected one of countdown, arithmetic, code, general, a .py or a .jsonl file",)),
     (("--task", "no.py"), ("got task 'no.py', but there is no such file",)),
     (("--task", "countdown,countdown"), ("expected every name once",)),
     (("--task", "countdown=0"), ("where countdown has weight 0; expected more than 0",)),
     (("--task", "countdown=many"), ("expected NAME=NUMBER",)),
     (("--task", ""), ("got an empty --task",)),
-    (("--level", "hard"), ("got level 'hard', expected one of laptop, laptop4, tinyzero",)),
+    (("--level", "hard"), ("got level 'hard', expected one of laptop, three, four, five, tinyzero",)),
     (("--task", "arithmetic", "--level", "laptop"), ("got level 'laptop', expected one of sums, one-digit",)),
     (("--style", "haiku"), ("got style 'haiku', expected tiny, base or chat",)),
     (("--weights", "beauty=1"), ("got --weights with 'beauty', expected some of accuracy, format, language",)),
@@ -150,8 +150,9 @@ def no_model(monkeypatch):
     ("import split_of", "import splitter", ("which does not import (ImportError",)),
     ("WEIGHTS = {", "WEIGHTS = {} or {'beauty': 1.0, ", ("whose WEIGHTS name 'beauty'", "a part that its score gives")),
     ("rng.randint", "rng.randnit", ("which fails on its own problems (AttributeError",)),
-    ("== split:", "== 'train':", ("draws", "for train and for test")),
-    ("== split:", "== split == 'train':", ("without a test problem", "to know both train and test")),
+    ("== split:", "== 'train':", ("draws", "for test and for validation")),
+    ("== split:", "== split == 'train':", ("without a test problem", "to know test, validation, train")),
+    ("== split:", "== split != 'validation':", ("without a validation problem", "to know test, validation, train")),
     ("LEVELS = {", "LEVELS = {} and {", ("with LEVELS {}",)),
 ))
 def test_a_task_file_is_looked_at_before_any_model(old, new, says, refused, monkeypatch, tmp_path):

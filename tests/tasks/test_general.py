@@ -2,19 +2,21 @@
 
 import json
 import random
+import re
 
 import pytest
 
-from countdown import Puzzle
+from corpus import Config, build_tokenizer, write_corpus
+from countdown import SPLITS, Puzzle, split_of
 from machinery.tasks import find_tasks, score_completions
 from preference import final_reply
 from tasks import general
-from tasks.general import FLAWS, SMALL_TALK, draw_question, flawed, is_good, needless_thinking, write_rows
+from tasks.general import FLAWS, NEW, SMALL_TALK, draw_question, flawed, is_good, needless_thinking, write_rows
 
 
-def questions(n: int = 400) -> list[dict]:
+def questions(n: int = 400, split: str = "train") -> list[dict]:
     rng = random.Random(0)
-    return [draw_question(rng) for _ in range(n)]
+    return [draw_question(rng, split) for _ in range(n)]
 
 
 def flaws_of(question: dict) -> list[str]:
@@ -34,21 +36,73 @@ def test_the_final_reply_is_what_the_user_sees(text, reply):
     assert final_reply(text) == reply
 
 
-def test_questions_are_half_arithmetic_half_small_talk_in_both_languages():
-    rows = questions()
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_are_half_arithmetic_half_small_talk_in_both_languages(split):
+    rows = questions(split=split)
     arithmetic = [row for row in rows if row["kind"] == "arithmetic"]
     assert 160 < len(arithmetic) < 240
     assert {row["language"] for row in arithmetic} == {"en", "de"}
-    assert {row["prompt"].strip() for row in rows if row["kind"] == "small_talk"} == set(SMALL_TALK)
+    assert {row["prompt"].strip() for row in rows if row["kind"] == "small_talk"} == set(NEW.get(split, SMALL_TALK))
+    assert [general.group(row) for row in rows] == [row["kind"] for row in rows]
 
 
-def test_the_good_reply_to_a_sum_is_its_value():
-    for row in questions():
+def a_op_b(row: dict) -> tuple[int, str, int]:
+    a, op, b = re.fullmatch(r"(?:what is|was ist) (\d+)([-+*/])(\d+)\?\n", row["prompt"]).groups()
+    return int(a), op, int(b)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_good_reply_to_a_sum_is_its_value(split):
+    for row in questions(split=split):
         if row["kind"] == "arithmetic":
-            a, op, b = row["prompt"].split()[-1].rstrip("?").replace("+", " + ").replace("-", " - ").replace(
-                "*", " * ").replace("/", " / ").split()
-            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op]
+            a, op, b = a_op_b(row)
+            value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op]
             assert row["good"] == [str(int(value))] and value == int(value) >= 0
+
+
+def test_a_sum_is_of_one_split_in_any_order_and_either_language():
+    """3+4 and 4+3, what is and was ist; and there are some of each operation in every split."""
+    sides = {split: {(min(a, b), op, max(a, b)) if op in "+*" else (a, op, b) for a, op, b in (
+        a_op_b(row) for row in questions(2000, split) if row["kind"] == "arithmetic")} for split in SPLITS}
+    assert {op for _, op, _ in sides["train"]} == {op for _, op, _ in sides["test"]} == set("+-*/")
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())) > 250
+    assert all(split_of("%d%s%d" % found) == split for split, side in sides.items() for found in side)
+
+
+def test_an_evaluation_of_all_there_is_has_all_sums_too():
+    """There are six prompts of small talk, and hundreds of sums, most of which come within so many draws."""
+    problems = find_tasks("general")[0].problems(0, "test", 0)
+    assert {row["prompt"].strip() for row in problems if row["kind"] == "small_talk"} == set(NEW["test"])
+    assert len(problems) > 100
+
+
+def test_held_out_small_talk_is_new_and_has_good_replies():
+    """Of no split but its own, not among what training knows; and answered as the prompts that it is made of."""
+    assert len({*NEW["validation"], *NEW["test"], *SMALL_TALK}) == 6 + 6 + len(SMALL_TALK)
+    for split in ("validation", "test"):
+        rows = {row["prompt"].strip(): row for row in questions(split=split) if row["kind"] == "small_talk"}
+        for prompt, like in NEW[split].items():
+            assert rows[prompt]["good"] == [reply for name in like for reply in SMALL_TALK[name][0]]
+            assert len({name in general.GERMAN for name in like}) == 1
+            assert rows[prompt]["language"] == ("de" if like[0] in general.GERMAN else "en")
+        assert {row["language"] for row in rows.values()} == {"en", "de"}
+
+
+@pytest.mark.parametrize("digits", [False, True])
+def test_held_out_prompts_are_made_of_tokens_that_the_corpus_has_and_are_none_of_its_prompts(digits):
+    """Their words are known, their order is not: otherwise the tiny model would see tokens that it never learnt."""
+    documents = list(write_corpus(Config(n=3000, chat=1.0, programs=0.0)))
+    tokenizer = build_tokenizer(digits)
+    read = {i for row in tokenizer([d["prompt"] + d["completion"] for d in documents])["input_ids"] for i in row}
+    for split in ("validation", "test"):
+        for prompt in NEW[split]:
+            assert read.issuperset(tokenizer(f"{prompt}\n")["input_ids"]), prompt
+            assert f"{prompt}\n" not in {document["prompt"] for document in documents}
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="got split 'held-out', expected one of test, validation, train"):
+        draw_question(random.Random(0), "held-out")
 
 
 def test_every_flaw_makes_a_good_reply_bad():
@@ -102,7 +156,7 @@ def test_puzzles_are_rewarded_by_rules_and_general_prompts_by_the_judge():
         return [0.25, -3.0]
     right, wrong = ("<think>\n1+2 yes\n</think>\n<answer>1+2</answer>", "no")
     puzzles, chat = find_tasks("countdown=3,general=1", weights="format=0.5")
-    hi = {"prompt": "hi\n", "good": ["hello"]}
+    hi = {"prompt": "hi\n", "kind": "small_talk", "good": ["hello"]}
     drawn = [(puzzles, Puzzle((1, 2), 3)), (chat, hi), (puzzles, Puzzle((1, 2), 3)), (chat, hi)]
     scores = score_completions(drawn, ["a", "hi", "b", "why?"], [right, "hello", wrong, "<think>so"], judge, "en")
     assert asked == [(["hi", "why?"], ["hello", "<think>so"])]

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 import evaluate
+from countdown import SPLITS
 from tasks.questions import Questions, check_answer, final_value
 
 
@@ -68,11 +69,11 @@ def test_a_file_without_answers_is_for_a_reward_model(tmp_path):
     assert Questions.read(path).WEIGHTS == {"preference": 1.0}
 
 
-def test_white_space_puts_no_question_on_both_sides(tmp_path):
+def test_white_space_puts_no_question_into_two_splits(tmp_path):
     """A hash of the words decides: the same question with another space or newline is the same question."""
     write = tmp_path / "q.jsonl"
     write.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for i in range(40)
                              for text in (f"is {i} odd?", f" is  {i} odd?\n")))
     task = Questions.read(write)
-    keys = [{task.key(row) for row in task.rows[split]} for split in ("train", "test")]
-    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 40
+    keys = [{task.key(row) for row in task.rows[split]} for split in SPLITS]
+    assert sum(map(len, keys)) == len(set().union(*keys)) == 40
