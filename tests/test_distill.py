@@ -1,18 +1,21 @@
 """Distillation: the KL to a teacher by hand, compute by hand, and what cannot be compared."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+import corpus
 import distill
 import sft
 from conftest import TINY
 from distill import Config, compute, parameters, student_stages
 from machinery.batching import pad_batch, teacher_kl
-from machinery.checkpoints import load, save
+from machinery.checkpoints import load, read_hf_config, save
+from machinery.data import read_jsonl
 from machinery.run_folder import append_jsonl
 from machinery.stages import Stage
 
@@ -105,6 +108,35 @@ def test_logits_of_another_tokenizer_are_refused(script, base, stranger, refused
     refused(script, *flags, "--teacher", stranger, "--out", tmp_path / "run",
             says=("another tokenizer", "263 and 263 tokens, 2 of them different", "distil by text instead"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A random student of the other family, whose tokenizer is its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sft.TINY_MODELS, "llama-test", TINY)
+        model, tokenizer = sft.new_model("llama-test", seed=0)
+    save(model, tokenizer, directory := tmp_path_factory.mktemp("llama") / "model")
+    return directory
+
+
+def test_a_student_of_the_other_family_learns_from_text_and_cannot_from_logits(base, llama, refused, tmp_path, monkeypatch):
+    """The whole comparison, with the text of a Qwen3 of 263 tokens: the Llama reads it in its own 172."""
+    refused(distill, "--teacher", base, "--student", llama, "--logits", "--out", tmp_path / "logits",
+            says=(f"got teacher {base} with another tokenizer than {llama}", "263 and 172 tokens", "distil by text instead"))
+    assert not (tmp_path / "logits").exists()
+    flags = ("--data", traces(tmp_path / "traces.jsonl"), "--student", llama, "--out", tmp_path / "run", "--eval-n", 8,
+             "--eval-samples", 1, "--max-new-tokens", 8, "--rl-steps", 1, "--after-steps", 1, "--rl-flags",
+             "--batch-size 8 --group-size 4", "--batch-tokens", 300, "--sft-learning-rate", 1e-2)
+    monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
+    distill.main()
+    losses = [row["held_out_loss"] for row in read_jsonl(tmp_path / "run" / "distill" / "metrics.jsonl") if
+              "held_out_loss" in row]
+    assert losses[-1] < 0.8 * math.log(172)
+    _, tokenizer = load(checkpoint := tmp_path / "run" / "distill" / "checkpoint")
+    assert read_hf_config(checkpoint).model_type == "llama" and tokenizer.get_vocab() == corpus.build_tokenizer(digits=True).get_vocab()
+    assert set(json.loads((tmp_path / "run" / "table.json").read_text())) == {"student-base", "distill", "student-rl",
+                                                                             "distill-rl"}
 
 
 def test_logits_need_a_teacher_not_its_text(refused, tmp_path):

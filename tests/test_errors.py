@@ -109,7 +109,7 @@ def test_bad_values_are_refused_before_anything_is_written(flags, says, base, re
     (evaluate, ("--language", "fr"), ("got language 'fr'", "expected")),
     (evaluate, ("--style", "chat"), ("no chat template", "style 'base'")),
     (sft, ("--optimizer", "sgd"), ("got optimizer 'sgd'", "expected adamw or muon")),
-    (sft, ("--from-scratch", "huge"), ("got from_scratch 'huge'", "expected one of tiny")),
+    (sft, ("--from-scratch", "huge"), ("got from_scratch 'huge'", "expected one of tiny, student, llama-student")),
     (sft, ("--epochs", "0"), ("got epochs 0", "expected more than 0")),
     (sft, ("--optimizer", "muon", "--dtype", "bfloat16"), ("got optimizer muon with --dtype bfloat16", "adamw")),
     (sft, ("--dtype", "half"), ("got dtype 'half'", "expected one of float32, bfloat16")),
@@ -350,17 +350,19 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
     (evaluate, ("--split", "held-out"), ("got split 'held-out', expected one of test, validation, train",)),
     (evaluate, ("--level", "three", "--n", 500), ("n=500", "about 328 test problems of 3 numbers", "ask for fewer")),
     (train_countdown, ("--level", "three", "--eval-n", 500), ("n=500", "about 303 validation problems of 3 numbers")),
-    (train_countdown, ("--level", "hundreds", "--eval-n", 8), ("read no number above 100", "another --level")),
+    (train_countdown, ("--level", "hundreds", "--eval-n", 2, "--batch-size", 2, "--group-size", 2),
+     ("got a prompt with the number", "read no number above 100", "another --level")),
 ), ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "")
 def test_a_level_that_cannot_be_asked_is_refused(script, flags, says, base, refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(countdown.LEVELS, "hundreds", countdown.Level((2,), 900, (101, 999)))
+    monkeypatch.setitem(countdown.LEVELS, "hundreds", countdown.Level((1,), 120, (101, 120)))
     where = () if script is evaluate else ("--out", tmp_path / "run")
     refused(script, "--model", base, *flags, *where, says=says)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tiny_model_of_an_earlier_corpus_does_not_read_this_one(base, refused, tmp_path):
-    """Its vocabulary has no word for programs. What it knows all of it may learn."""
+    """Here one without a word for programs. Rows of which it knows every word it may learn, and of a model with the
+    corpus's own vocabulary no row is refused."""
     old = shutil.copytree(base, tmp_path / "old")
     tokenizer = json.loads((old / "tokenizer.json").read_text())
     del tokenizer["model"]["vocab"]["def"]
@@ -368,5 +370,8 @@ def test_a_tiny_model_of_an_earlier_corpus_does_not_read_this_one(base, refused,
     data = tmp_path / "data.jsonl"
     run_folder.append_jsonl(data, *corpus.write_corpus(corpus.Config(n=40, programs=1.0, chat=0.0)))
     refused(sft, "--model", old, "--data", data, "--eval-rows", 4, "--out", tmp_path / "run",
-            says=("262 tokens of another version of the corpus", "expected models/tiny-base"))
+            says=(old, "262 tokens of another version of the corpus", "expected models/tiny-base"))
     assert not (tmp_path / "run").exists()
+    corpus.check_vocabulary(load(old)[1], False, "old")
+    for digits in (False, True):
+        corpus.check_vocabulary(corpus.build_tokenizer(digits), True, "new")

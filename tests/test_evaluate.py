@@ -17,7 +17,8 @@ import corpus
 from countdown import Puzzle, make_prompt, sample_puzzles, solve, split_of, vote, watch
 from evaluate import Config, looks, pass_at_k, wilson_interval
 from machinery.checkpoints import save
-from machinery.tasks import find_tasks
+from machinery.rollouts import Rollout
+from machinery.tasks import Score, find_tasks
 from rewards import accuracy_reward, format_reward, verify
 from sampling import Completion
 from tasks.general import draw_sum, small_talk
@@ -132,6 +133,20 @@ def test_looks_are_means_over_completions():
                                                        {"verifications": 1, "backtracks": 2}]
 
 
+def test_accuracy_is_given_of_each_group_alone():
+    """Of three completions for three numbers two are right, of the one for four none; a task without groups has no such
+    row, a second task has its own under its name."""
+    def rollout(task, group, accuracy):
+        score = Score(accuracy, {"accuracy": accuracy}, {}, "", group)
+        return Rollout(0, task, "", "", Completion([1], [], truncated=False), score, 0.0, 0.0, 0.0, True)
+    puzzles = [rollout("countdown", f"{n}_numbers", accuracy) for n, accuracy in ((3, 1.0), (4, 0.0), (3, 0.0), (3, 1.0))]
+    sums, chat = rollout("sums", "", 1.0), rollout("chat", "small_talk", 0.5)
+    row = evaluate.describe_step([*puzzles, sums, chat], "en")
+    assert {name: value for name, value in row.items() if "accuracy" in name} == {
+        "accuracy": 0.5, "accuracy_3_numbers": 2 / 3, "accuracy_4_numbers": 0.0, "sums_accuracy": 1.0, "chat_accuracy": 0.5,
+        "chat_accuracy_small_talk": 0.5}
+
+
 # ------------------------------------------------------------------------------------------------------------ the whole
 def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
     """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are test puzzles, different, and asked in one call."""
@@ -244,9 +259,11 @@ def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, mo
     evaluate.main()
     out = capsys.readouterr().out
     assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 test problems x 2)" in out
-    assert all(name in out for name in ("pass@2", "maj@2", "format", "truncated", "completion_tokens", "backtracks",
-                                        "reflection_words", "language", "needless_thinking"))
+    assert all(name in out for name in ("pass@1_3_numbers", "pass@1_4_numbers", "pass@2", "maj@2", "format", "truncated",
+                                        "completion_tokens", "backtracks", "reflection_words", "language",
+                                        "needless_thinking", "new_greetings"))
     assert out.count("=> ") == 3
     assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, split="test", seed=0))
     table = json.loads((tmp_path / "table.json").read_text())
-    assert table["pass@1"] == 0 and table["n"] == 5 and table["seed"] == 0 and table["model"] == str(tmp_path / "model")
+    assert table["pass@1"] == 0 and table["n"] == 5 and table["split"] == "test" and table["seed"] == 0
+    assert table["model"] == str(tmp_path / "model")

@@ -64,7 +64,7 @@ def test_the_minutes_of_a_row_are_those_of_the_stages_that_made_it(recipe):
     table = json.loads((recipe / "table.json").read_text())
     named = [stage for _, stages_ in r1.ROWS.values() for stage in stages_]
     assert len(named) == len(set(named))
-    made = {stage.name for stage in r1.all_stages(r1.Config(), 0) if not stage.name.startswith(("eval-", "four-"))}
+    made = {stage.name for stage in r1.all_stages(r1.Config(), 0) if not stage.name.startswith("eval-")}
     assert set(named) == made  # none is forgotten
     assert table["rows"]["distill"]["minutes"] == pytest.approx(
         sum(table["minutes"][name] for name in ("student-replies", "student-traces", "distill")))
@@ -119,8 +119,8 @@ def test_from_a_stage_on_everything_is_made_again(recipe, tmp_path, capfd):
         path.write_text(path.read_text().replace(str(recipe), str(copy)))
     call(copy, "--from", "eval-student-rl")
     printed = capfd.readouterr().out
-    assert [line[4:] for line in printed.splitlines() if line.startswith("=== ")] == ["eval-student-rl",
-                                                                                            "eval-distill-rl"]
+    assert [line[4:] for line in printed.splitlines() if line.startswith("=== ")] == [
+        "eval-student-rl", "eval-distill-rl"]
     assert (copy / "seed0" / "eval-student-rl.json.old").exists()
     assert not (copy / "seed0" / "eval-distill.json.old").exists()
 
@@ -184,8 +184,29 @@ def test_the_ladder_draws_every_seed(recipe, tmp_path, monkeypatch):
     assert figures[1].axes[2].lines[0].get_xdata().tolist() == [0, 2]
 
 
+def test_every_number_of_a_row_stands_in_its_column():
+    """An arm without a reply to greetings, as of a chat model, leaves those columns empty."""
+    row = {"label": "R1-Zero", "pass@1": 0.5, "pass@1_low": 0.4, "pass@1_high": 0.6, "pass@1_3_numbers": 0.7,
+           "pass@1_4_numbers": 0.3, "language": 0.9, "mixed": 0.2, "format": 0.8, "completion_tokens": 123.4,
+           "needless_thinking": 0.1, "greetings": 0.91, "new_greetings": 0.61, "arithmetic": 0.41, "flops": 2.5e12,
+           "minutes": 4.25, "seeds": {"pass@1": [0.45, 0.55]}}
+    chat = {name: value for name, value in row.items() if name not in ("greetings", "new_greetings", "arithmetic", "flops")}
+    table = {"seeds": 2, "n": 64, "samples": 4, "minutes_of_a_seed": 30, "disk_mib": 20, "rows": {"zero": row, "chat": chat}}
+    said, _, head, line, *rows = r1.markdown(table).splitlines()
+    assert said.startswith("2 seeds, 64 test puzzles x 4 samples")
+    names, full, empty = ([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, *rows))
+    assert dict(zip(names, full, strict=True)) == {
+        "stage": "R1-Zero", "pass@1 (95% interval)": "50.0% (40.0% to 60.0%)", "of the seeds": "45.0% 55.0%",
+        "3 numbers": "70.0%", "4 numbers": "30.0%", "English": "90.0%", "mixed": "20.0%", "format": "80.0%", "tokens": "123",
+        "needless thinking": "10.0%", "known greetings": "91.0%", "new greetings": "61.0%", "sums": "41.0%",
+        "TFLOPs": "2.5", "minutes": "4.2"}
+    assert line == "|---" * len(names) + "|"
+    assert [name for name, cell in zip(names, empty, strict=True) if not cell] == ["known greetings", "new greetings", "sums",
+                                                                                  "TFLOPs"]
+
+
 def test_the_page_of_the_ladder_shows_the_committed_numbers():
-    """docs/r1.json is the table.json of the command in docs/r1.md, whose columns it shows row by row."""
+    """docs/r1.json is the table.json of the command in docs/r1.md; what it measured is said row by row."""
     table = json.loads((ROOT / "docs" / "r1.json").read_text())
     page = (ROOT / "docs" / "r1.md").read_text()
     for row in table["rows"].values():

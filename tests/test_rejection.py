@@ -39,7 +39,7 @@ def completion(text: str, tokens: int = 10, truncated: bool = False) -> Completi
     (written("4+5=9?27 nein,\n9*3=27?27 yes"), {}, "one_language"),
     (written("4+5=9?27 nein,\n9*3=27?27 ja"), {}, "one_language"),         # one language, but not the one asked for
     (written("4+5=9, 9*3=27"), {}, None),                                  # no words at all mix nothing
-    (written("9 yes"), {"tokens": 400}, None),
+    (written("9 yes"), {"tokens": 800}, None),
     (written("9 yes"), {"tokens": 801}, "short_enough"),
     (written("9 yes"), {"truncated": True}, "short_enough"),
     (written("4+5=9 no,\n3*4=12 no,\n4+5=9 no,"), {}, "not_repetitive"),
@@ -107,6 +107,7 @@ def test_every_completion_is_kept_or_counted(fake_sampler, model):
 def test_a_row_says_where_it_came_from(fake_sampler, model):
     fake_sampler(right)
     rows, _ = sample_rows(*model, "runs/x/checkpoint", 2, Config(n=30, samples=1, seed=7), {}, ignore)
+    assert {len(row["numbers"]) for row in rows} == {3, 4}
     for index, row in enumerate(rows):
         assert row["prompt"] == f"using {' '.join(map(str, row['numbers']))} make {row['target']}\n"
         assert accuracy_reward(row["completion"], row["numbers"], row["target"]) == 1.0

@@ -8,7 +8,7 @@ import torch
 import corpus
 import sft
 from machinery import run_folder
-from machinery.checkpoints import load
+from machinery.checkpoints import find_directory, load, read_hf_config
 from test_training import Killed, assert_equal_weights, call, gradients, interrupt, quiet_machine, rows_of, weights  # noqa: F401
 
 
@@ -164,3 +164,19 @@ def test_the_llama_student_is_one_for_transformers_and_reads_digit_by_digit(monk
     assert tokenizer.convert_ids_to_tokens(ids[0])[1:4] == [" ", "1", "0"]
     tiny = corpus.build_tokenizer()
     assert tiny.get_vocab()[" make"] != tokenizer.get_vocab()[" make"]
+
+
+@pytest.mark.parametrize("name, digits, family", (("tiny-base", False, "qwen3"), ("tiny-student", False, "qwen3"),
+                                                  ("tiny-llama", True, "llama")))
+def test_a_shipped_model_speaks_the_corpus_as_it_is_now(name, digits, family):
+    """Its vocabulary is the corpus's, token by token, and transformers computes the same logits with it."""
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = load(directory := find_directory(f"models/{name}"))
+    assert tokenizer.get_vocab() == corpus.build_tokenizer(digits).get_vocab()
+    document = next(row for row in corpus.write_corpus(corpus.Config(n=20, seed=5)) if row["kind"] == "search")
+    ids = torch.tensor([tokenizer(document["prompt"] + document["completion"])["input_ids"]])
+    assert tokenizer.unk_token_id not in ids and read_hf_config(directory).model_type == family
+    assert model.config.context == 2048
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+        torch.testing.assert_close(model(ids), theirs, atol=2e-4, rtol=1e-4)

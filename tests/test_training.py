@@ -5,6 +5,7 @@ A model that knows nothing solves no puzzle, and groups without a difference car
 easy one, the share of digits in the text, and every test that speaks of training trains. """
 
 import json
+import random
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from rewards import extract_answer, verify
 from sampling import sample
+from tasks.general import NEW, draw_sum
 
 TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
 
@@ -106,7 +108,6 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert json.loads((run / "config.json").read_text())["batch_size"] == 16
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4]
-    assert {"accuracy_3_numbers", "accuracy_4_numbers"} & rows[1].keys()
     assert {"eval_pass@1_3_numbers", "eval_pass@1_4_numbers"} <= rows[0].keys()
     assert {"reward", "accuracy", "format", "completion_tokens", "truncated", "backtracks", "reflection_words", "mixed",
             "equal_groups", "loss", "gradient_norm", "learning_rate", "tokens"} <= rows[1].keys()
@@ -123,14 +124,42 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
     assert last.startswith("validation pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
 
 
-def test_training_looks_at_validation_puzzles_and_at_no_test_puzzle(monkeypatch, base, tmp_path):
+def puzzles_of(prompts) -> list[countdown.Puzzle]:
+    words = [prompt.split() for prompt in prompts if prompt.startswith("using")]
+    return [countdown.Puzzle(tuple(map(int, w[1:-2])), int(w[-1])) for w in words]
+
+
+def test_training_is_on_train_puzzles_and_looks_at_validation_and_never_at_test(monkeypatch, base, tmp_path):
+    """Every prompt that a run reads, by key: before and after training, and in its step. Greetings and sums, too."""
     asked, complete = [], evaluate.complete
     monkeypatch.setattr(evaluate, "complete", lambda model, tokenizer, prompts, **settings: asked.extend(
         prompts) or complete(model, tokenizer, prompts, **settings))
     train(monkeypatch, base, tmp_path / "run", steps=1)
-    puzzles = [prompt.split() for prompt in asked if prompt.startswith("using")]
-    assert len(puzzles) == 2 * 8
-    assert {split_of(countdown.Puzzle(tuple(map(int, words[1:-2])), int(words[-1]))) for words in puzzles} == {"validation"}
+    evaluated = puzzles_of(asked)
+    assert len(evaluated) == 2 * 8 and {split_of(puzzle) for puzzle in evaluated} == {"validation"}
+    trained = puzzles_of(row["prompt"] for row in read_jsonl(tmp_path / "run" / "rollouts.jsonl"))
+    assert len(trained) == 16 and {split_of(puzzle) for puzzle in trained} == {"train"}
+    assert {f"{prompt}\n" for prompt in NEW["validation"]} <= set(asked)
+    assert not {f"{prompt}\n" for prompt in NEW["test"]} & set(asked)
+    sums = [prompt for prompt in asked if prompt.startswith(("what is", "was ist"))]
+    test_sums = {draw_sum(rng, "test")["prompt"] for rng in [random.Random(0)] for _ in range(3000)}
+    assert len(sums) == 2 * 8 and not test_sums & set(sums)
+
+
+def test_accuracy_is_logged_of_three_and_of_four_numbers_apart(monkeypatch, base, tmp_path):
+    """Each is the mean over the step's completions for puzzles with so many numbers, worked out again from its rollouts;
+    a step without such puzzles does not name them."""
+    rows = train(monkeypatch, base, tmp_path / "run", steps=3, group_size=2, batch_size=8)
+    rollouts = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    for row in rows[1:]:
+        expected = {}
+        for rollout in rollouts:
+            if rollout["step"] == row["step"]:
+                puzzle, = puzzles_of([rollout["prompt"]])
+                expected.setdefault(f"accuracy_{len(puzzle.numbers)}_numbers", []).append(rollout["parts"]["accuracy"])
+        logged = {name: value for name, value in row.items() if name.startswith("accuracy_")}
+        assert logged == {name: pytest.approx(sum(values) / len(values)) for name, values in expected.items()}
+    assert {"accuracy_3_numbers", "accuracy_4_numbers"} <= set().union(*rows)
 
 
 def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):

@@ -25,6 +25,8 @@ def test_reflection_words_are_counted(completion, counts):
 
 
 FAIL, WIN, SUBGOAL = "5-4=1,3 1:3+1=4?27 no,3*1=3?27 no,", "4+5=9,9 3:9*3=27?27 yes", "27/3=9 need,5 4:5+4=9?9 ja"
+PATH_FAILS, PATH_WINS = (f"26-9=17 need,9 2 1.17{rest}" for rest in ("-9=8 need,2 1?8:+3-1*2/2 no",
+                                                                     "+1=18 need,9 2?18:+11-7*18 yes"))
 
 
 @pytest.mark.parametrize("lines, backtracks", table(
@@ -47,6 +49,9 @@ FAIL, WIN, SUBGOAL = "5-4=1,3 1:3+1=4?27 no,3*1=3?27 no,", "4+5=9,9 3:9*3=27?27 
     ([FAIL, "", "", ""], 0, "nor are empty ones"),
     (["4+5=9 yes and 9*3=26?27 no", WIN], 1, "a yes in the middle is not the line's verdict"),
     ([FAIL + "</think>" + FAIL + "<think>" + WIN], 2, "a tag ends a line"),
+    ([PATH_FAILS, PATH_FAILS, PATH_WINS], 2, "a path of two moves is one attempt"),
+    ([PATH_WINS, PATH_FAILS], 0, "and one that works was not abandoned"),
+    ([PATH_FAILS + " retry", "prüfe ((9*2)-1)+9=26 nein", PATH_WINS], 1, "with a remark, and a check behind it"),
 ))
 def test_backtracks_are_abandoned_lines_with_another_attempt_behind(lines, backtracks):
     text = "\n".join(lines)
@@ -63,6 +68,12 @@ def test_backtracks_are_abandoned_lines_with_another_attempt_behind(lines, backt
     ("check (5+4)*3=27 yes", 0, "nothing is compared with a goal"),
     ("is 4 the same as 27? no", 0, "prose"),
     ("", 0, "nothing"),
+    ("26-9=17 need,9 2 1.17-9=8 need,2 1?8:+3-1*2/2 no\n26-9=17 brauche,9 2 1.17+1=18 brauche,9 2?18:+11-7*18 ja", 2,
+     "one a path, however many results are compared"),
+    ("5-4=1,3 1?27:+4-2*3/3 no wrong", 1, "with a remark behind it"),
+    ("5-4=1,3 1?27:+4-1 wait,2*4 halt,3/3 nein", 1, "slips mended in the middle of it"),
+    ("5-4=1,3 1:+4-2*3/3", 0, "only made, not compared"),
+    ("5-4=1,3 1?27:+4-2*3/3", 0, "compared, and no verdict written"),
 ))
 def test_verifications_are_results_compared_with_a_goal(text, verifications):
     assert count_verifications(f"<think>\n{text}\n</think>\n<answer>1=1?1 yes</answer>") == verifications

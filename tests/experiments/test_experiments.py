@@ -347,7 +347,6 @@ def run(study_name, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
         patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each run
-        patch.setattr(few_shot, "SHOTS", (0, 1, 8))
         patch.chdir(ROOT)
         try:
             importlib.import_module(f"experiments.{study_name}").main()
@@ -358,7 +357,8 @@ def run(study_name, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys):
+def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     run(name, "--quick", "--out", tmp_path / "out")
     folder = tmp_path / "out-quick"
     results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")

@@ -210,9 +210,11 @@ def test_every_command_is_one_that_its_script_takes(list_):
             assert getattr(config, flag[2:]) == out == str(stage_.out)
 
 
-@pytest.mark.parametrize("list_", (recipe(), comparison(logits=True, teacher="models/tiny-base")), ids=("r1", "distill"))
+@pytest.mark.parametrize("list_", (recipe(), comparison(logits=True, teacher="models/tiny-base"),
+                                   comparison(teacher="models/tiny-base", student="models/tiny-llama")),
+                         ids=("r1", "distill", "distill into the other family"))
 def test_every_input_ships_or_is_made_before(list_):
-    made, names = {"models/tiny-base", "models/tiny-student"}, [stage_.name for stage_ in list_]
+    made, names = {f"models/tiny-{name}" for name in ("base", "student", "llama")}, [stage_.name for stage_ in list_]
     for stage_ in list_:
         assert set(stage_.inputs) <= made, stage_.name
         made |= {str(stage_.out), str(stage_.out / "checkpoint")}
