@@ -120,7 +120,8 @@ def llama(tmp_path_factory):
     return directory
 
 
-def test_a_student_of_the_other_family_learns_from_text_and_cannot_from_logits(base, llama, refused, tmp_path, monkeypatch):
+def test_a_student_of_the_other_family_learns_from_text_and_not_from_logits(base, llama, refused, tmp_path, monkeypatch,
+                                                                           quiet_training):
     """The whole comparison, with the text of a Qwen3 of 263 tokens: the Llama reads it in its own 172."""
     refused(distill, "--teacher", base, "--student", llama, "--logits", "--out", tmp_path / "logits",
             says=(f"got teacher {base} with another tokenizer than {llama}", "263 and 172 tokens", "distil by text instead"))
