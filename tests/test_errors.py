@@ -345,7 +345,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(base, tmp_path):
     assert state["step"] == last >= 2 and load(run / "checkpoint")
 
 
-# ------------------------------------------------------------------------------------------- levels, splits, vocabularies
+# ----------------------------------------------------------------------------------------- levels, splits, vocabularies
 @pytest.mark.parametrize("script, flags, says", (
     (evaluate, ("--split", "held-out"), ("got split 'held-out', expected one of test, validation, train",)),
     (evaluate, ("--level", "three", "--n", 500), ("n=500", "about 328 test problems of 3 numbers", "ask for fewer")),

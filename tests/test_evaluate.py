@@ -23,6 +23,8 @@ from rewards import accuracy_reward, format_reward, verify
 from sampling import Completion
 from tasks.general import draw_sum, small_talk
 
+TOKENIZER = corpus.build_tokenizer()
+
 
 @pytest.fixture(scope="module")
 def random_model():
@@ -139,12 +141,12 @@ def test_accuracy_is_given_of_each_group_alone():
     def rollout(task, group, accuracy):
         score = Score(accuracy, {"accuracy": accuracy}, {}, "", group)
         return Rollout(0, task, "", "", Completion([1], [], truncated=False), score, 0.0, 0.0, 0.0, True)
-    puzzles = [rollout("countdown", f"{n}_numbers", accuracy) for n, accuracy in ((3, 1.0), (4, 0.0), (3, 0.0), (3, 1.0))]
+    puzzles = [rollout("countdown", f"{n}_numbers", right) for n, right in ((3, 1.0), (4, 0.0), (3, 0.0), (3, 1.0))]
     sums, chat = rollout("sums", "", 1.0), rollout("chat", "small_talk", 0.5)
     row = evaluate.describe_step([*puzzles, sums, chat], "en")
     assert {name: value for name, value in row.items() if "accuracy" in name} == {
-        "accuracy": 0.5, "accuracy_3_numbers": 2 / 3, "accuracy_4_numbers": 0.0, "sums_accuracy": 1.0, "chat_accuracy": 0.5,
-        "chat_accuracy_small_talk": 0.5}
+        "accuracy": 0.5, "accuracy_3_numbers": 2 / 3, "accuracy_4_numbers": 0.0, "sums_accuracy": 1.0,
+        "chat_accuracy": 0.5, "chat_accuracy_small_talk": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -152,7 +154,7 @@ def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
     """n = 7 with the first 3 right: pass@1 is 3/7 exactly; all 7 are test puzzles, different, and asked in one call."""
     puzzles = sample_puzzles(7, split="test", seed=5)
     calls = fake_sampler(lambda prompt, i: answer(solve(*puzzles[i])) if i < 3 else "no idea")
-    table, records = evaluate.evaluate(None, None, Config(n=7, seed=5))
+    table, records = evaluate.evaluate(None, TOKENIZER, Config(n=7, seed=5))
     assert table["pass@1"] == 3 / 7 and (table["pass@1_low"], table["pass@1_high"]) == wilson_interval(3 / 7, 7)
     assert table["n"] == len(records) == len(calls[0][0]) == 7
     asked = [Puzzle(record["numbers"], record["target"]) for record in records]
@@ -168,7 +170,7 @@ def test_every_puzzle_counts_once_and_none_is_dropped(fake_sampler):
 @pytest.mark.parametrize("split", ("train", "validation"))
 def test_a_split_is_asked_alone(fake_sampler, split):
     calls = fake_sampler(lambda prompt, i: "")
-    table, records = evaluate.evaluate(None, None, Config(n=20, split=split))
+    table, records = evaluate.evaluate(None, TOKENIZER, Config(n=20, split=split))
     assert {split_of(Puzzle(record["numbers"], record["target"])) for record in records} == {split}
     assert ("new_greetings" in table) == (split != "train")  # of what nothing trains on
     sums = [prompt.split()[-1][:-1] for prompt in calls[1][0] if prompt.startswith(("what is", "was ist"))]
@@ -191,22 +193,22 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
         right = i // 4 == 0 or (i // 4 == 1 and sample == 0)
         return answer(solve(*puzzle) if right else wrong if sample > 1 else "0")
     calls = fake_sampler(lambda prompt, i: write(prompt, i) if i < 12 else "hello")
-    table, records = evaluate.evaluate(None, None, Config(n=3, samples=4))
+    table, records = evaluate.evaluate(None, TOKENIZER, Config(n=3, samples=4))
     assert calls[0][0] == [make_prompt(puzzle) for puzzle in puzzles for _ in range(4)] and len(records) == 12
     assert [table[name] for name in ("pass@1", "pass@4", "maj@4")] == pytest.approx([1.25 / 3, 2 / 3, 1 / 3])
     assert table["wrong_numbers"] == 3 / 12  # the answers "0"; 1+2+3 uses the right ones
 
 
 def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler):
-    """The second call: about as many of each kind as there are puzzles. Every other greeting is thought over, the others
-    get a reply that is good for some; every fourth sum is right."""
+    """The second call: about as many of each kind as there are puzzles. Every other greeting is thought over, the
+    others get a reply that is good for some; every fourth sum is right."""
     def write(prompt, i):
         if prompt.startswith(("what is", "was ist")):
             return str(eval(prompt.split()[-1].rstrip("?").replace("/", "//"))) if i % 4 == 0 else "-1"
         return good if i % 2 else "<think>hello</think>"
     good = "hello, how are you?"
     calls = fake_sampler(write)
-    table, _ = evaluate.evaluate(None, None, Config(n=64))
+    table, _ = evaluate.evaluate(None, TOKENIZER, Config(n=64))
     asked = calls[1][0]
     known, new = ([question["prompt"] for question in small_talk(split)] for split in ("train", "test"))
     assert asked[:60] == known * 5 and asked[60:120] == new * 10 and not set(known) & set(new)
@@ -220,7 +222,7 @@ def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler)
 
 def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
     calls = fake_sampler(lambda prompt, i: "")
-    evaluate.evaluate(None, None, Config(n=3, shots=2))
+    evaluate.evaluate(None, TOKENIZER, Config(n=3, shots=2))
     shots = "".join(prompt + text + "\n\n" for prompt, text in corpus.examples(random.Random(0), "laptop", 2))
     assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, split="test", seed=0)]
 
@@ -259,8 +261,8 @@ def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, mo
     evaluate.main()
     out = capsys.readouterr().out
     assert "pass@1  0.0%  (95% interval 0.0% to 43.4%, n = 5 test problems x 2)" in out
-    assert all(name in out for name in ("pass@1_3_numbers", "pass@1_4_numbers", "pass@2", "maj@2", "format", "truncated",
-                                        "completion_tokens", "backtracks", "reflection_words", "language",
+    assert all(name in out for name in ("pass@1_3_numbers", "pass@1_4_numbers", "pass@2", "maj@2", "format",
+                                        "truncated", "completion_tokens", "backtracks", "reflection_words", "language",
                                         "needless_thinking", "new_greetings"))
     assert out.count("=> ") == 3
     assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, split="test", seed=0))

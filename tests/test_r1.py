@@ -2,6 +2,7 @@
 evaluations say. The models know something here (they are the shipped ones), since a stage needs right completions."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,11 @@ import pytest
 
 import r1
 import train_countdown
+from countdown import split_of
 from machinery import plots, stages
 from machinery.data import read_jsonl
+from tasks.general import NEW, draw_sum
+from test_training import puzzles_of
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +87,25 @@ def test_the_dataset_of_r1_is_three_parts_thinking_and_one_part_not(recipe):
     non_cot = sum(row["source"] == "general.py" for row in rows)
     assert non_cot == round((len(rows) - non_cot) / 3) > 0
     assert {row["source"] for row in rows} == {"general.py", str(recipe / "seed0" / "rl" / "checkpoint")}
+
+
+def test_no_row_of_any_stage_is_of_the_validation_or_the_test_split(recipe):
+    """By key: what SFT reads, what the reward model reads, what RL sampled; puzzles, greetings and sums."""
+    data = {path.relative_to(recipe / "seed0"): [row for row in read_jsonl(path) if "prompt" in row]
+            for path in (recipe / "seed0").rglob("*.jsonl")}
+    data = {str(path): rows for path, rows in data.items() if rows}
+    assert set(data) == {"cold.jsonl", "r1-data.jsonl", "replies.jsonl", "pairs.jsonl", "student-replies.jsonl",
+                         "student-traces.jsonl", *(f"{name}/rollouts.jsonl" for name in (
+                             "zero", "zero-language", "rl", "rl-no-language", "rl-all", "hacking", "student-rl",
+                             "distill-rl"))}
+    without = {"replies.jsonl", "pairs.jsonl", "student-replies.jsonl", "hacking/rollouts.jsonl"}
+    held_out = {f"{prompt}\n" for prompts in NEW.values() for prompt in prompts}
+    held_out |= {draw_sum(rng, split)["prompt"] for split in NEW for rng in [random.Random(0)] for _ in range(3000)}
+    for name, rows in data.items():
+        prompts = [row["prompt"] for row in rows]
+        puzzles = puzzles_of(prompts)
+        assert {split_of(puzzle) for puzzle in puzzles} == (set() if name in without else {"train"}), name
+        assert not held_out & set(prompts), name
 
 
 def test_a_second_call_runs_nothing_and_says_the_same(recipe, monkeypatch, capfd):
@@ -190,19 +213,20 @@ def test_every_number_of_a_row_stands_in_its_column():
            "pass@1_4_numbers": 0.3, "language": 0.9, "mixed": 0.2, "format": 0.8, "completion_tokens": 123.4,
            "needless_thinking": 0.1, "greetings": 0.91, "new_greetings": 0.61, "arithmetic": 0.41, "flops": 2.5e12,
            "minutes": 4.25, "seeds": {"pass@1": [0.45, 0.55]}}
-    chat = {name: value for name, value in row.items() if name not in ("greetings", "new_greetings", "arithmetic", "flops")}
-    table = {"seeds": 2, "n": 64, "samples": 4, "minutes_of_a_seed": 30, "disk_mib": 20, "rows": {"zero": row, "chat": chat}}
+    chat = {name: row[name] for name in row if name not in ("greetings", "new_greetings", "arithmetic", "flops")}
+    table = {"seeds": 2, "n": 64, "samples": 4, "minutes_of_a_seed": 30, "disk_mib": 20,
+             "rows": {"zero": row, "chat": chat}}
     said, _, head, line, *rows = r1.markdown(table).splitlines()
     assert said.startswith("2 seeds, 64 test puzzles x 4 samples")
     names, full, empty = ([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, *rows))
     assert dict(zip(names, full, strict=True)) == {
         "stage": "R1-Zero", "pass@1 (95% interval)": "50.0% (40.0% to 60.0%)", "of the seeds": "45.0% 55.0%",
-        "3 numbers": "70.0%", "4 numbers": "30.0%", "English": "90.0%", "mixed": "20.0%", "format": "80.0%", "tokens": "123",
-        "needless thinking": "10.0%", "known greetings": "91.0%", "new greetings": "61.0%", "sums": "41.0%",
-        "TFLOPs": "2.5", "minutes": "4.2"}
+        "3 numbers": "70.0%", "4 numbers": "30.0%", "English": "90.0%", "mixed": "20.0%", "format": "80.0%",
+        "tokens": "123", "needless thinking": "10.0%", "known greetings": "91.0%", "new greetings": "61.0%",
+        "sums": "41.0%", "TFLOPs": "2.5", "minutes": "4.2"}
     assert line == "|---" * len(names) + "|"
-    assert [name for name, cell in zip(names, empty, strict=True) if not cell] == ["known greetings", "new greetings", "sums",
-                                                                                  "TFLOPs"]
+    assert [name for name, cell in zip(names, empty, strict=True) if not cell] == [
+        "known greetings", "new greetings", "sums", "TFLOPs"]
 
 
 def test_the_page_of_the_ladder_shows_the_committed_numbers():

@@ -147,8 +147,8 @@ def test_training_is_on_train_puzzles_and_looks_at_validation_and_never_at_test(
 
 
 def test_accuracy_is_logged_of_three_and_of_four_numbers_apart(monkeypatch, base, tmp_path):
-    """Each is the mean over the step's completions for puzzles with so many numbers, worked out again from its rollouts;
-    a step without such puzzles does not name them."""
+    """Each is the mean over the step's completions for puzzles with so many numbers, worked out again from its
+    rollouts; a step without such puzzles does not name them."""
     rows = train(monkeypatch, base, tmp_path / "run", steps=3, group_size=2, batch_size=8)
     rollouts = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
     for row in rows[1:]:

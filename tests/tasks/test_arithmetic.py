@@ -32,7 +32,7 @@ def test_order_makes_no_other_problem(a, b, same):
 
 
 def test_a_sum_is_of_the_split_that_general_prompts_give_it():
-    """The tiny base has read their train sums: what is 10+2? So theirs of two plain numbers have the smaller one first."""
+    """The tiny base has read their train sums: what is 10+2? So the key of two plain numbers is theirs, smaller first."""
     for a in range(1, 11):
         for b in range(1, 11):
             assert key(Problem(f"{a}+{b}", a + b)) == f"{min(a, b)}+{max(a, b)}"
