@@ -49,7 +49,7 @@ class Config:
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
     show: int = 0                    # print this many completions with their verdicts
-    json: str = ""                   # also write the table to this file
+    json: str = ""                   # also write the settings and the table to this file
     seed: int = 0                    # which puzzles, and the sampling
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
     dtype: str = "float32"           # what the model computes in: float32 or bfloat16
@@ -229,7 +229,7 @@ def main() -> None:
         print(f"{prompt}{record['completion']}\n=> {record['verdict']}\n")
     print_table(table, config.split)
     if config.json:
-        write_whole(Path(config.json), json.dumps({**asdict(config), **table}, indent=2) + "\n")
+        write_whole(Path(config.json), json.dumps({"settings": asdict(config), **table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

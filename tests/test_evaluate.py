@@ -267,5 +267,6 @@ def test_the_command_line_prints_and_writes_the_table(random_model, tmp_path, mo
     assert out.count("=> ") == 3
     assert all(make_prompt(puzzle) in out for puzzle in sample_puzzles(3, split="test", seed=0))
     table = json.loads((tmp_path / "table.json").read_text())
-    assert table["pass@1"] == 0 and table["n"] == 5 and table["split"] == "test" and table["seed"] == 0
-    assert table["model"] == str(tmp_path / "model")
+    assert table["pass@1"] == 0 and table["n"] == 5 and isinstance(table["language"], float)
+    assert {name: table["settings"][name] for name in ("model", "split", "seed", "language")} == {
+        "model": str(tmp_path / "model"), "split": "test", "seed": 0, "language": "en"}
