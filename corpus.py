@@ -47,7 +47,7 @@ class Config:
     seed: int = 0
     out: str = ""                   # JSONL file; empty prints readable text
     level: str = "laptop"           # of the puzzles (countdown.LEVELS)
-    verification: bool = True       # compare what a pair makes with the goal (?27 no) instead of only making it
+    verification: bool = True       # compare what a pair makes with the goal (?27:+9 no) instead of only making it
     backtracking: bool = True       # go on to another line when one fails, instead of answering at once
     subgoals: bool = True           # some moves work backwards from the target (27/3=9 need)
     reflection: bool = True         # wait, wrong, retry, check: a "wait" always mends a slip, the others are for show
@@ -55,13 +55,12 @@ class Config:
     tags: float = 0.70              # share of searches with every tag in its place
     luck: float = 0.15              # how often a hasty line works, beyond chance: what intuition can be learnt from
     give_up: float = 0.70           # chance that a hasty writer gives up after a failed line, with a made-up answer
-    patience: float = 0.50          # share of writers who are patient: a tenth of it, and line after line in order
+    patience: float = 0.50          # share of writers who are patient: they give up a tenth as often, and go in order
     wrong_answers: float = 0.05     # share of searches whose answer is not what they found; 1: no answer is right
     slips: float = 0.02             # share of results with an arithmetic slip
     chat: float = 0.12              # share of documents that are half direct arithmetic, half small talk
     programs: float = 0.10          # share of documents that look for a function from examples (tasks/code.py)
-    pages: float = 0.0              # share of searches that stand behind 1 to 8 others, a page by one writer; its last
-                                    # search is the row's completion. A base that has read pages takes few-shot prompts
+    pages: float = 0.0              # share of searches that stand behind 1 to 8 others: a base takes few-shot prompts
 
     def __post_init__(self):
         if self.n < 1 or any(not 0 <= getattr(self, f.name) <= 1 for f in fields(self) if f.type is float):
@@ -287,7 +286,7 @@ def write_corpus(config: Config) -> Iterator[dict]:
 
 
 def write_page(draws: Draws, config: Config) -> dict:
-    """A search, which may stand behind others of the same careful or careless writer."""
+    """A search, which may stand behind others of one careful or careless writer: it is that page's completion."""
     language = draws("languages").choices(("en", "de", "mixed"), (0.45, 0.25, 0.30))[0] if config.languages else "en"
     puzzle = sample_puzzle(draws("puzzle"), config.level, "train")
     completion, page = write_search(puzzle, language, draws, config), []

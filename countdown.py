@@ -119,8 +119,7 @@ def solve(numbers, target: int) -> str | None:
 
 # -------------------------------------------------------------------------------------------------------------- puzzles
 def split_of(problem) -> str:
-    """train, validation or test: the one split of the project, by a hash of what makes a problem what it is: of a puzzle,
-    or of a key, the text that any task gives."""
+    """train, validation or test, by a hash of the problem's key: of a puzzle, or of the key of any task's problem."""
     text = problem if isinstance(problem, str) else key(problem)
     place = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100
     for split, percent in SPLITS.items():
@@ -154,7 +153,7 @@ def sample_puzzles(n: int, *, level: str = "laptop", split: str, seed: int) -> l
 
 def distinct(n: int, draw, key, where: str, what: str, *, fewer: bool = False, group=lambda problem: "") -> list:
     """n different ones of what draw() returns. One that was there before is replaced by one of the same group, so that a
-    small group is not crowded out. Where no new one comes any more: ValueError, or those."""
+    small group is not crowded out. Where no new one comes any more: ValueError, or, with fewer, those."""
     found, misses, wanted, exhausted = {}, 0, None, set()
     while len(found) < n:
         problem = draw()
@@ -240,7 +239,7 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
 
 # ------------------------------------------------------------------------------------- the seam: Countdown as a task
 # With LEVELS and question these are all the names that a task has: machinery/tasks.py says what each has to do.
-WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language" is of --language
+WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language": see --language
 VERIFICATION = re.compile(r"\?\d+(?::[-+*/\d]+(?: (?:wait|halt),\d+[-+*/\d]*)*)? (?:yes|no|ja|nein)\b")
 
 
@@ -249,7 +248,7 @@ def draw(rng: random.Random, level: str, split: str) -> Puzzle:
 
 
 def key(puzzle: Puzzle) -> str:
-    """A puzzle is its sorted numbers and its target, so reordering cannot leak it into the other split."""
+    """A puzzle is its sorted numbers and its target, so reordering cannot leak it into another split."""
     return f"{sorted(puzzle.numbers)}->{puzzle.target}"
 
 
@@ -303,7 +302,7 @@ def count_backtracks(completion: str) -> int:
 
     An attempt line holds "=" and does not begin with check or prüfe. It is abandoned if it does not end in the verdict
     yes or ja and another attempt line follows. So a search that gives up after three failed lines backtracked twice,
-    and so did one that succeeded in its third. Made for the line-per-first-move searches of the tiny model; on free
+    and so did one that succeeded in its third. Made for the line-per-path searches of the tiny model; on free
     prose it is a rough count."""
     lines = [line.lower().split() for line in chain_of_thought(completion).splitlines() if "=" in line]
     attempts = [words for words in lines if words[0].strip(":,") not in ("check", "prüfe")]

@@ -13,7 +13,7 @@ the same student and from the same base, at no less compute for RL than for dist
 The loss is the cross-entropy of sft.completion_losses on the teacher's text, the one that sft.py always has; with
 --logits the KL(teacher || student) of machinery/batching.teacher_kl. What is here is the list of commands.
 
-    python distill.py --teacher runs/r1/seed0/rl-all/checkpoint             # 10 minutes on 2 cores
+    python distill.py --teacher runs/r1/seed0/rl-all/checkpoint             # that of r1.py
     python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
     python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
 
@@ -49,7 +49,7 @@ class Config:
     data: str = ""                   # JSONL of traces to use instead of asking the teacher
     out: str = "runs/distill"        # folder of the whole comparison
     logits: bool = False             # one arm more: token-level KL to the teacher; both need the same tokenizer
-    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file: machinery/tasks.py
+    task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
     style: str = "tiny"              # prompt template: tiny, base or chat
     n: int = 1200                    # train problems that the teacher solves
@@ -106,7 +106,7 @@ def student_stages(config: Config) -> list[Stage]:
         # RL alone: R1-Zero's settings
         Stage("student-rl", f"python train_countdown.py --model {student} --steps {config.rl_steps} "
               f"--learning-rate {config.rl_learning_rate} {rl} --out {folder}/student-rl"),
-        # RL after distillation differs from RL alone in two settings besides where it starts: half the learning rate,
+        # RL after distillation differs from RL alone in two settings besides where it starts: a lower learning rate
         # and advantages that are not divided by their group's deviation (Dr. GRPO). A good policy's groups are nearly
         # all right; divided by their small deviation, a rare slip would count for more than anything else
         Stage("distill-rl", f"python train_countdown.py --model {folder}/distill/checkpoint --steps {config.after_steps} "

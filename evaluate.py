@@ -1,10 +1,10 @@
 """One evaluator for every checkpoint: pass@1, pass@k, majority vote, format, length, reflection, language, small talk.
 
-Test problems of a task, each one once, in an order that the seed fixes; no batch is dropped. Whoever chooses between two
-models or settings looks at --split validation, so that the test problems say what was not chosen on them.
+Test problems of a task, each one once, in an order that the seed fixes. Whoever chooses between two models or settings
+looks at --split validation, so that the test problems say what was not chosen on them.
 
     python evaluate.py --model models/tiny-base                        # 512 test puzzles, a sample each, temperature 1
-    python evaluate.py --model models/tiny-base --samples 16           # adds pass@16 and maj@16; 40 seconds on 2 cores
+    python evaluate.py --model models/tiny-base --samples 16           # adds pass@16 and maj@16
     python evaluate.py --model runs/zero/checkpoint --show 3           # read what it writes, with verdicts
     python evaluate.py --model runs/zero/checkpoint --temperature 0    # greedy
     python evaluate.py --model Qwen/Qwen2.5-1.5B --style base --level tinyzero --max-new-tokens 1024 --shots 2
@@ -38,7 +38,7 @@ GENERAL_N = 512  # replies to greetings, and to arithmetic questions; fewer wher
 class Config:
     model: str = "models/tiny-base"  # checkpoint directory or hub id
     task: str = "countdown"          # countdown, arithmetic, code, general, a .py or .jsonl file: machinery/tasks.py
-    level: str = ""                  # of the task, as four of countdown; empty: its first
+    level: str = ""                  # of the task, such as four; empty: its first
     split: str = "test"              # test to report; validation to choose; train to see what was learnt by heart
     style: str = "tiny"              # prompt template: tiny, base or chat
     n: int = 0                       # problems; 0: 512, or as many as the task has

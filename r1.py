@@ -5,7 +5,7 @@
          without thinking--> the "600k + 200k" --SFT of the base--> SFT --RL on all prompts--> R1
          --rejection sampling--> traces --SFT of a small base--> distilled student --RL--> RL after distillation
 
-    python r1.py                          # seed 0, 40 minutes on 2 cores: table, pictures, checkpoints
+    python r1.py                          # seed 0: table, pictures, checkpoints
     python r1.py --seeds 3                # seeds 0, 1 and 2
     python r1.py --list                   # the stages' own commands, to read or to paste one by one
     python r1.py --only rl                # one stage, once what it needs is there
@@ -38,20 +38,20 @@ class Config:
     student: str = "models/tiny-student"  # smaller base for distillation
     out: str = "runs/r1"             # folder of everything
     seeds: int = 1                   # seeds 0, 1, ...; each has its folder
-    seed: int = -1                   # of those seeds only this one, for a terminal each; then without it for the table
+    seed: int = -1                   # only this one of them (a terminal each); run without it last
     only: str = ""                   # run this stage alone
     from_: str = ""                  # run this stage and those behind it again, even if they are done
     list: bool = False               # print the stages' commands and stop
     task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
     style: str = "tiny"              # prompt template: tiny or chat
-    zero_steps: int = 48             # RL steps of R1-Zero
+    zero_steps: int = 48             # RL steps of R1-Zero, and of the student's RL
     rl_steps: int = 24               # of each RL stage of R1
     general_steps: int = 6           # of the last RL stage's, with general prompts; DeepSeek-R1: 400 of 1,700
     hacking_steps: int = 48          # of the run that trains on the preference reward alone, for too long
-    rl_learning_rate: float = 5e-4   # AdamW peak of R1-Zero; for 0.8M parameters
-    rl2_learning_rate: float = 3e-4  # of the RL stages behind SFT
-    sft_learning_rate: float = 1e-3  # AdamW peak of SFT; DeepSeek-R1: 5e-5
+    rl_learning_rate: float = 5e-4   # AdamW rate of R1-Zero and of the student's RL alone; for 0.8M parameters
+    rl2_learning_rate: float = 3e-4  # of the RL stages behind SFT, the student's too
+    sft_learning_rate: float = 1e-3  # AdamW peak of SFT, half the student's; DeepSeek-R1: 5e-5
     language_weight: float = 0.5     # reward for language consistency in R1's RL
     puzzles: int = 1200              # train problems that rejection sampling asks a checkpoint
     samples: int = 8                 # completions of each; of the teacher's, half as many
@@ -85,7 +85,8 @@ def student_config(config: Config, seed: int) -> distill.Config:
         teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder),
         task=config.task, level=config.level, style=config.style, n=config.puzzles,
         samples=max(1, config.samples // 2), rl_steps=config.zero_steps, after_steps=config.zero_steps,
-        rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
+        rl_learning_rate=config.rl_learning_rate, after_learning_rate=config.rl2_learning_rate,
+        sft_learning_rate=2 * config.sft_learning_rate, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
         eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
 
 

@@ -5,8 +5,8 @@ R1-Zero), and section 2.3.3 its 600k reasoning rows: sample from the RL checkpoi
 languages, long paragraphs and code blocks. Here each filter is a function from a completion to keep or drop, the report
 counts what each took, and --non-cot adds rows without thinking, three to one, as the paper's 600k and 200k.
 
-    python rejection.py --model runs/zero/checkpoint --out data/cold.jsonl              # 2 minutes on 2 cores
-    python rejection.py --model runs/r1/checkpoint --non-cot data/replies.jsonl --out data/r1.jsonl
+    python rejection.py --model runs/zero/checkpoint --out data/cold.jsonl
+    python rejection.py --model runs/rl/checkpoint --non-cot data/replies.jsonl --out data/r1.jsonl
     python rejection.py --model runs/zero/checkpoint --rounds 3 --out data/rounds.jsonl # sample, fine-tune, sample, ...
 
 One JSON object a line: prompt, completion, and where it came from: numbers, target, language, tokens, source, round,
@@ -45,8 +45,8 @@ CHUNK = 2048  # completions that are sampled, filtered and written down together
 class Config:
     model: str = "runs/zero/checkpoint"  # checkpoint directory or hub id to sample from
     out: str = "data/traces.jsonl"   # JSONL file to write; its report stands beside it
-    task: str = "countdown"          # countdown, arithmetic, a .py or a .jsonl file, or several: machinery/tasks.py
-    level: str = ""                  # of the task, as four of countdown; empty: its first. Only train problems
+    task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file, or several: machinery/tasks.py
+    level: str = ""                  # of the task, such as four; empty: its first. Only train problems
     style: str = "tiny"              # prompt template: tiny, base or chat
     weights: str = ""                # of the reward's parts; format=0: a completion without tags is kept too
     n: int = 1200                    # different problems; countdown's laptop level has about 13,000 for training

@@ -1,8 +1,8 @@
 """Supervised training on JSONL of {"prompt", "completion"}: pretrains the tiny base, and fine-tunes any checkpoint.
 
 One loss for all of them: cross-entropy on the completion's tokens, EOS included, averaged over the batch's tokens;
-prompts are read but never trained. Rows are not packed into one another: a row is one document, batches hold rows of
-like length, so that little is padding and no document sees another.
+prompts are read but never trained. Rows are not packed into one another: a row is one document, micro-batches
+hold rows of like length, so that little is padding and no document sees another.
 
     python sft.py --from-scratch tiny --optimizer muon --learning-rate 3e-3 --out runs/tiny-base  # the tiny base
     python sft.py --data traces.jsonl --model models/tiny-base --out runs/sft                     # fine-tuning
@@ -59,7 +59,7 @@ class Config:
 
     # the machine and the run folder
     out: str = "runs/sft"                # run folder to create
-    resume: str = ""                     # continue this run folder; its own config.json holds, other flags are ignored
+    resume: str = ""                     # continue this run folder; its own config.json holds, other flags are refused
     eval_every: int = 500                # steps between held-out losses
     save_every: int = 500                # steps between checkpoints
     micro_batch_tokens: int = 2048       # tokens per forward pass, padding included; memory and speed, never the loss

@@ -2,7 +2,7 @@
 
     python train_countdown.py                    # 2 CPU cores: 4 minutes, validation pass@1 32% -> 65%
     python train_countdown.py --resume runs/zero # continue after Ctrl-C or a kill
-    python train_countdown.py --model runs/cold-start/checkpoint --weights language=0.5 --out runs/rl  # R1's first RL
+    python train_countdown.py --model runs/cold-start/checkpoint --weights language=0.5 --out runs/rl  # another reward
     python train_countdown.py --task my_questions.jsonl --out runs/mine        # questions of your own: docs/fork-it.md
     python train_countdown.py --preset gpu-24gb --out runs/qwen                            # a real checkpoint, one GPU
     torchrun --nproc-per-node 4 train_countdown.py --preset gpu-80gb --out runs/qwen       # several GPUs
@@ -20,8 +20,8 @@ The algorithm, one step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is
 Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
 no KL by default, since rules are harder to fool than a learnt judge and the reference would cost one more forward pass;
 batch 256, one update a batch, so that the ratio is 1, up to rounding, and the clip idle unless --inner-epochs says
-otherwise; a learning rate for 0.8M parameters that falls to a tenth. You see accuracy and thinking time rise together;
-the last line says pass@1 before -> after; `python -m machinery.rollouts RUN --show 16` prints all completions of step 16.
+otherwise; a learning rate for 0.8M parameters. You see accuracy and thinking time rise together; the last line says
+pass@1 before -> after; `python -m machinery.rollouts RUN --show 16` prints all completions of step 16.
 
 Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
 tokens, M max_new_tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what
@@ -68,7 +68,7 @@ class Config:
     # the algorithm
     model: str = "models/tiny-base"  # checkpoint directory or hub id to start from
     task: str = "countdown"          # countdown, arithmetic, code, general, a .py or .jsonl; or countdown=3,general=1
-    level: str = ""                  # of the tasks, with commas, as four of countdown; empty: their first ones
+    level: str = ""                  # of the task, such as four; of several with commas; empty: their first
     style: str = "tiny"              # prompt template: tiny, base or chat
     steps: int = 16                  # one batch of fresh completions each, and an optimizer step per inner epoch
     batch_size: int = 256            # completions per step, of all processes; DeepSeek-R1-Zero uses 512
@@ -77,7 +77,7 @@ class Config:
     temperature: float = 1.0         # of the policy that samples and trains
     learning_rate: float = 5e-4      # of AdamW; for 0.8M parameters. DeepSeek-R1-Zero: 3e-6
     warmup_steps: int = 5            # first steps, with linearly rising learning rate
-    final_lr: float = 0.1            # share of learning_rate at the end of its linear fall; 1: no fall, as in the paper
+    final_lr: float = 1.0            # share of learning_rate at the end of its linear fall; 1: no fall, as in the paper
     weight_decay: float = 0.0        # decoupled; pulling a good policy towards zero helps nothing
     clip_norm: float = 1.0           # gradient norm limit
     inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, ratio and clip matter

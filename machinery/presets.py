@@ -15,7 +15,7 @@ PRESETS = {
     "gpu-24gb": dict(
         model="Qwen/Qwen2.5-1.5B", style="base", level="tinyzero", device="cuda", dtype="bfloat16",
         steps=200, batch_size=256, group_size=8, max_new_tokens=1024, slots=128,
-        learning_rate=1e-6, warmup_steps=10, final_lr=1.0, kl_coef=0.0, weights="format=0.1",
+        learning_rate=1e-6, warmup_steps=10, kl_coef=0.0, weights="format=0.1",
         micro_batch_tokens=8192, activation_checkpointing=True, offload_optimizer=True,
         eval_every=20, eval_n=512, save_every=20),
 }

@@ -157,4 +157,4 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
         tqdm.write(f"{prompt.removesuffix(opened_thinking(prompt))}{rollouts[0].text}\n")
     if config.rollouts == "every" or config.rollouts == "sampled" and shown:
         append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))
-    append_jsonl(run.folder / "metrics.jsonl", row)
+    append_jsonl(run.folder / "metrics.jsonl", {**row, "minutes": (time.time() - run.started) / 60})

@@ -44,7 +44,7 @@ def draw(rng: random.Random, level: str, split: str) -> Problem:
 
 
 def key(problem: Problem) -> str:
-    """3+4*2 and 2*4+3 are the same, and so on the same side of the split."""
+    """3+4*2 and 2*4+3 are the same, and so of the same split."""
     products = ("*".join(sorted(product.split("*"), key=int)) for product in problem.expression.split("+"))
     return "+".join(sorted(products, key=lambda product: (len(product), product)))  # by size, as tasks/general.py has sums
 

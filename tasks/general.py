@@ -2,16 +2,16 @@
 but no rule pays for its replies: a reward model scores them (preference.py). And the files that later stages of R1 read.
 
     python train_countdown.py --task countdown=3,general=1 --preference MODEL ...       # RL on all prompts
-    python -m tasks.general replies --n 1500 --out data/replies.jsonl  # prompt, completion: the "200k" non-CoT part of SFT
+    python -m tasks.general replies --n 3000 --out data/replies.jsonl  # prompt, completion: the "200k" non-CoT part of SFT
     python -m tasks.general pairs --n 6000 --out data/pairs.jsonl      # prompt, chosen, rejected: for preference.py
 
 DeepSeek-R1 (arXiv 2501.12948), section 2.3.3: about 600k reasoning rows and 200k others, among them simple queries such
 as "hello", for which no chain of thought is given. Section 2.3.4: reward models score general prompts.
 
 The tiny model's world is small enough to know every good reply, so is_good is a rule, the truth beside the reward
-model's opinion. What it says of held-out prompts is of two kinds: sums are split by hash, as puzzles are; the small talk
-of NEW stands in no corpus and in no data of any stage, while that of SMALL_TALK is known to all of them. For a real
-checkpoint bring prompts of your own (tasks/questions.py). No torch in here.
+model's opinion. Sums are split by hash, as puzzles are; the small talk of NEW stands in no corpus and in no data of any
+stage, while that of SMALL_TALK is known to all of them. For a real checkpoint bring prompts of your own
+(tasks/questions.py). No torch in here.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SMALL_TALK = {  # prompt -> (friendly replies, rude replies)
     "wie geht es dir?": (("sehr gut, danke!", "gut, danke, und dir?"), ("was willst du?",)),
     "danke": (("bitte sehr!", "sehr gern!"), ("geh weg",)),
 }
-NEW = {  # held-out prompts in words that are known -> the prompts above whose friendly replies answer them
+NEW = {  # prompts in words that are known -> the prompts above whose friendly replies answer them
     "validation": {"hello, how are you?": ("hello", "how are you?"), "hi, who are you?": ("hi", "who are you?"),
                    "thank you, goodbye!": ("thank you", "goodbye"), "very good, thank you!": ("thank you",),
                    "hallo, guten morgen!": ("hallo", "guten morgen"), "danke sehr!": ("danke",)},
@@ -58,7 +58,7 @@ def draw_question(rng: random.Random, split: str = "train") -> dict:
 
 
 def draw_sum(rng: random.Random, split: str) -> dict:
-    """One operation on two numbers from 1 to 10, in either language. 3+4 and 4+3 are on the same side of the split."""
+    """One operation on two numbers from 1 to 10, in either language. 3+4 and 4+3 are of the same split."""
     while True:
         a, b, op = rng.randint(1, 10), rng.randint(1, 10), rng.choice("+-*/")
         a, b = {"/": (a * b, b), "-": (max(a, b), min(a, b))}.get(op, (a, b))

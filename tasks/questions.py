@@ -37,7 +37,7 @@ def final_value(text: str) -> Fraction | str:
 
 
 def same_words(question: str) -> str:
-    """What makes two questions the same: white space aside, so that none is in both splits."""
+    """What makes two questions the same: white space aside, so that none is in two splits."""
     return " ".join(question.split())
 
 

@@ -16,7 +16,7 @@ from preference import RewardModel, save_reward_model
 pytestmark = pytest.mark.usefixtures("quiet_training")
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}make{% endif %}"
-TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
+TIMES = ("seconds", "sampling_seconds", "tokens_per_second", "minutes")
 
 
 @pytest.fixture(scope="module", params=("tiny", "chat"))

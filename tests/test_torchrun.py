@@ -37,7 +37,7 @@ from rewards import extract_answer, verify
 pytestmark = pytest.mark.slow
 
 LIMIT = 180  # seconds for one start; on busy cores nearly all of it are torchrun's imports
-TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
+TIMES = ("seconds", "sampling_seconds", "tokens_per_second", "minutes")
 # 3 groups of 4: of two processes one takes a group and the other takes two
 FLAGS = ("--steps", 3, "--batch-size", 12, "--group-size", 4, "--max-new-tokens", 24, "--learning-rate", 3e-3,
          "--warmup-steps", 1, "--micro-batch-tokens", 128, "--eval-n", 4, "--eval-every", 100, "--save-every", 100,

@@ -26,7 +26,7 @@ from rewards import extract_answer, verify
 from sampling import sample
 from tasks.general import NEW, draw_sum
 
-TIMES = ("seconds", "sampling_seconds", "tokens_per_second")
+TIMES = ("seconds", "sampling_seconds", "tokens_per_second", "minutes")
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_accuracy_is_logged_of_three_and_of_four_numbers_apart(monkeypatch, base
 
 def test_the_learning_rate_warms_up_and_falls(monkeypatch, base, tmp_path):
     """Step s of 4, from 0: 0.01 * min((s + 1) / 3, 1 - 0.9 s / 4). So 1/3, 2/3 of the peak, then 0.55 and 0.325."""
-    rows = train(monkeypatch, base, tmp_path / "run", warmup_steps=3)
+    rows = train(monkeypatch, base, tmp_path / "run", warmup_steps=3, final_lr=0.1)
     assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0.01 / 3, 0.02 / 3, 0.0055, 0.00325])
 
 
