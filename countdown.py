@@ -240,11 +240,8 @@ def make_prompt(puzzle: Puzzle, style: str = "tiny", tokenizer=None, examples=()
 # ------------------------------------------------------------------------------------- the seam: Countdown as a task
 # With LEVELS and question these are all the names that a task has: machinery/tasks.py says what each has to do.
 WEIGHTS = {"accuracy": 1.0, "format": 0.2, "language": 0.0}  # reward = their weighted sum; "language": see --language
+draw = sample_puzzle
 VERIFICATION = re.compile(r"\?\d+(?::[-+*/\d]+(?: (?:wait|halt),\d+[-+*/\d]*)*)? (?:yes|no|ja|nein)\b")
-
-
-def draw(rng: random.Random, level: str, split: str) -> Puzzle:
-    return sample_puzzle(rng, level, split)
 
 
 def key(puzzle: Puzzle) -> str:

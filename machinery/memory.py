@@ -132,7 +132,7 @@ class Config:
     """The fields of train_countdown.Config that memory depends on, with its defaults."""
     model: str = "models/tiny-base"  # checkpoint directory or hub id; only its config is read
     batch_size: int = 256            # completions per step
-    max_new_tokens: int = 512        # longest completion
+    max_new_tokens: int = 1024       # longest completion
     kl_coef: float = 0.0             # above 0: a reference model is kept beside the policy
     lora_rank: int = 0               # adapters of this rank are trained, 0: all weights
     micro_batch_tokens: int = 2048   # tokens per training pass

@@ -12,7 +12,8 @@ and, where it has them, watch(problem, text) -> {name: number}, measured and nev
 of problem whose accuracy is also given alone; vote(problem, texts) -> answer of the majority (else the commonest answer
 as text); examples(rng, level, style, n) -> [(question, completion)] for few-shot prompts (else train problems with their
 gold). Two parts are not the task's to score, and are filled in where WEIGHTS names them: "language" (share of the
-thinking in --language) and "preference" (a reward model's score, in a batch). countdown.py is one, a JSONL file of questions and answers another (tasks/questions.py); docs/fork-it.md shows more.
+thinking in --language) and "preference" (a reward model's score, in a batch). countdown.py is one, a JSONL file of
+questions and answers another (tasks/questions.py); docs/fork-it.md shows more.
 
     --task countdown | arithmetic | code | general | my_task.py | my_questions.jsonl | countdown=3,general=1
 """

@@ -253,6 +253,12 @@ def test_training_that_does_not_fit_ends_before_there_is_a_run(base, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_the_estimate_is_of_what_training_does_by_default():
+    """memory.Config repeats some fields of train_countdown.Config, with their defaults."""
+    assert {f.name: f.default for f in dataclasses.fields(memory.Config)}.items() <= {
+        f.name: f.default for f in dataclasses.fields(Config)}.items()
+
+
 def test_memory_py_prints_the_table(base, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", "--preset", "gpu-24gb", "--model", str(base), "--device", "cpu"])
     memory.main()
