@@ -1,8 +1,8 @@
 """Every completion with its reward and its advantage: written by training, shown in a terminal of 80 columns.
 
     python -m machinery.rollouts runs/zero                        # the groups of the last step that was kept
-    python -m machinery.rollouts runs/zero --show 16              # of step 16
-    python -m machinery.rollouts runs/zero --show 16 --group 3    # the completions of one group in full
+    python -m machinery.rollouts runs/zero --show 12              # of step 12
+    python -m machinery.rollouts runs/zero --show 12 --group 3    # the completions of one group in full
 
 RUN/rollouts.jsonl has a line for each: step, group, prompt, completion, token ids and their log-probs (nats, of the
 policy that sampled them, rounded to 1e-6), every reward part and their weighted sum, verdict, mean and deviation of the

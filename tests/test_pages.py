@@ -2,11 +2,15 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+import train_countdown
+from machinery.data import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
@@ -86,3 +90,25 @@ def test_imports_make_no_circle_and_what_lies_below_imports_nothing_above():
         if name in ("model", "grpo", "rewards", "countdown"):
             assert not found - {"rewards", "countdown"}, (name, found)
         assert name.startswith("experiments.") or not any(other.startswith("experiments.") for other in found)
+
+
+def test_the_figures_of_the_quickstart_are_those_of_its_committed_runs():
+    """Every seed's row of docs/results.md, before training and after it, and the README's sentence about seed 0."""
+    page, folders = (ROOT / "docs" / "results.md").read_text(), sorted((ROOT / "docs" / "quickstart").glob("seed*"))
+    assert [folder.name for folder in folders] == [f"seed{seed}" for seed in range(5)]
+    for seed, folder in enumerate(folders):
+        rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval_pass@1" in row]
+        test = json.loads((folder / "evaluation.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        assert config == {**vars(train_countdown.Config()), "seed": seed, "out": config["out"]}
+        assert test["settings"]["split"] == "test" and test["n"] == rows[-1]["eval_n"] == 512
+        for table, name, end in ((rows[-1], "eval_", f"{rows[-1]['minutes']:.1f} |"), (test, "", "")):
+            share = {column: f"{table[name + column]:.1%}" for column in (
+                "pass@1", "pass@1_low", "pass@1_high", "pass@1_3_numbers", "pass@1_4_numbers", "truncated")}
+            assert (f"| {seed} | {share['pass@1']} ({share['pass@1_low']} to {share['pass@1_high']}) | "
+                    f"{share['pass@1_3_numbers']} | {share['pass@1_4_numbers']} | {table[f'{name}completion_tokens']:.0f} | "
+                    f"{share['truncated']} | {end}".rstrip() in page), (seed, name)
+        if seed == 0:
+            before, after = (f"{row['eval_pass@1']:.1%}" for row in (rows[0], rows[-1]))
+            assert f"from {before} to {after} (95% interval {rows[-1]['eval_pass@1_low']:.1%}" in (
+                ROOT / "README.md").read_text()

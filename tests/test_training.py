@@ -6,6 +6,7 @@ easy one, the share of digits in the text, and every test that speaks of trainin
 
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -120,7 +121,9 @@ def test_a_run_is_a_folder_that_other_tools_read(monkeypatch, base, tmp_path, ca
         torch.testing.assert_close(theirs, model(ids), atol=1e-4, rtol=0)
     assert {path.name for path in run.iterdir()} == {"checkpoint", "config.json", "curve.png", "metrics.jsonl",
                                                      "rollouts.jsonl"}
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert re.search(r"the first step took [\d.]+ s here: \d+ to \d+ minutes for all 4", out)
+    last = out.splitlines()[-1]
     assert last.startswith("validation pass@1 0.0% -> 0.0%") and str(run) in last and "n = 8" in last
 
 
