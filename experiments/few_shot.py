@@ -39,10 +39,11 @@ class Config:
     rl_steps: int = 30           # of each RL stage of R1
     batch_size: int = 128        # completions a step, in groups of 16
     puzzles: int = 600           # that rejection sampling asks, 8 completions each
-    n: int = 300                 # test puzzles, of the 327 that there are; and validation puzzles of GRPO's curves
+    n: int = 300                 # test puzzles, of the 328 that there are; and validation puzzles of GRPO's curves
+    max_new_tokens: int = 1024   # a longer completion is cut off
 
 
-QUICK = dict(seeds=1, documents=120, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16)
+QUICK = dict(seeds=1, documents=120, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16, max_new_tokens=160)
 SHOTS = (0, 1, 2, 4, 8)
 R1_STAGES = ("zero", "cold-data", "cold-start", "rl", "replies", "r1-data", "sft", "pairs", "preference", "rl-all")
 MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "shipped base, no pages"}
@@ -62,7 +63,8 @@ def ladder(config: Config, seed: int) -> list[Stage]:
     recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out, level="three",
                        zero_steps=config.zero_steps, rl_steps=config.rl_steps,
                        general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, eval_n=config.n,
-                       pairs=max(600, 5 * config.puzzles), rl_flags=f"--batch-size {config.batch_size}")
+                       pairs=max(600, 5 * config.puzzles), max_new_tokens=config.max_new_tokens,
+                       rl_flags=f"--batch-size {config.batch_size}")
     stages = {stage.name: stage for stage in r1.all_stages(recipe, seed)}
     return [stages[name] for name in R1_STAGES]
 
@@ -73,7 +75,7 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
                    "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
     return {(name, shots): Stage(stage := f"eval-{name.replace(' ', '-')}-{shots}", shlex.join(map(str, (
                 "python", "evaluate.py", "--model", checkpoint, "--level", "three", "--n", config.n,
-                "--shots", shots, "--seed", seed, "--json", folder / f"{stage}.json"))))
+                "--max-new-tokens", config.max_new_tokens, "--shots", shots, "--seed", seed, "--json", folder / f"{stage}.json"))))
             for name, checkpoint in checkpoints.items() for shots in SHOTS}
 
 

@@ -62,6 +62,7 @@ class Config:
     sft_puzzles: int = 400           # train puzzles that are searched for the training round
     sft_budget: int = 16             # completions' worth of tokens for each
     eval_n: int = 512                # test puzzles that the trained models are measured on
+    max_new_tokens: int = 1024       # a longer completion is cut off
 
     def __post_init__(self):
         if self.width not in WIDTHS or self.samples < 2 or self.ablation_budget > self.samples:
@@ -71,7 +72,7 @@ class Config:
 
 
 QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
-             sft_budget=8, eval_n=16)
+             sft_budget=8, eval_n=16, max_new_tokens=160)
 WIDTHS = (2, 4, 8, 16)
 
 
@@ -118,9 +119,9 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     newline = tokenizer.convert_tokens_to_ids("\n")
     puzzles = sample_puzzles(config.train_puzzles, split="train", seed=seed)
-    rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, seed, "rollouts", START)
+    rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, config.max_new_tokens, seed, "rollouts", START)
     asked = test_puzzles(config.n, seed)
-    test_rollouts = sample_groups(model, tokenizer, asked, 4, seed + 2000, "test rollouts", START)
+    test_rollouts = sample_groups(model, tokenizer, asked, 4, config.max_new_tokens, seed + 2000, "test rollouts", START)
     test = value_examples(test_rollouts, asked, newline)
     result = {}
     for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
@@ -146,7 +147,8 @@ def compare(config: Config, folder: Path, seed: int) -> None:
         return last_scores(value_model, rows)
 
     def sample_plainly():
-        groups = sample_groups(model, tokenizer, puzzles, config.samples, seed + 1000, "plain sampling", START)
+        groups = sample_groups(model, tokenizer, puzzles, config.samples, config.max_new_tokens, seed + 1000, "plain sampling",
+                               START)
         scores = [trained([prompt + completion.token_ids for prompt, completion, _ in group]) for group in groups]
         tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
         # share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N
@@ -182,7 +184,7 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     value_model = load_reward_model(folder / "value")[0]
     puzzles = sample_puzzles(config.sft_puzzles, split="train", seed=seed + 3000)
-    groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, seed + 4000, "plain sampling", START)
+    groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, config.max_new_tokens, seed + 4000, "plain sampling", START)
     tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / len(puzzles)
     trees, _ = search(model, tokenizer, lambda rows: last_scores(value_model, rows), puzzles, budgets=[tokens],
                       width=config.width, explore=config.explore, seed=seed + 4000, what="MCTS of train puzzles")
@@ -208,6 +210,7 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
                             f"--epochs 2 --learning-rate 2e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
                             f"--out {place}/sft-{name}"))
     return stages + [Stage(f"eval-{name}", f"python evaluate.py --model {model} --n {config.eval_n} --samples 4 "
+                           f"--max-new-tokens {config.max_new_tokens} "
                            f"--json {place}/eval-{name}.json") for name, model in models.items()]
 
 

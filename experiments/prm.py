@@ -60,6 +60,7 @@ class Config:
     batch_size: int = 128            # completions a step, in groups of 16
     prm_weight: float = 1.0          # of the step rewards' advantages beside the outcome's
     eval_n: int = 512                # puzzles of GRPO's evaluations: validation in its curves, test before and after
+    max_new_tokens: int = 1024       # a longer completion is cut off
 
     def __post_init__(self):
         if self.samples < 2 or self.batch_size % 16:
@@ -67,7 +68,8 @@ class Config:
                              "groups of 16")
 
 
-QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16)
+QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16,
+             max_new_tokens=160)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
 ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how lines are rewarded)
@@ -111,7 +113,8 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
 def rl_config(config: Config, folder: Path, arm: str, seed: int) -> train_countdown.Config:
     return train_countdown.Config(
         model=config.model, steps=config.steps, batch_size=config.batch_size, eval_every=max(1, config.steps // 8),
-        eval_n=config.eval_n, seed=seed, rollouts="sampled", out=str(folder / ("rl-" + re.sub(r"[^a-zA-Z]+", "-", arm))))
+        eval_n=config.eval_n, max_new_tokens=config.max_new_tokens, seed=seed, rollouts="sampled",
+        out=str(folder / ("rl-" + re.sub(r"[^a-zA-Z]+", "-", arm))))
 
 
 def resumed(settings: train_countdown.Config) -> train_countdown.Config:
@@ -129,7 +132,7 @@ def traces_of(config: Config, folder, seed: int) -> dict[str, list[Trace]]:
              "test": (test_puzzles(config.n, seed), config.samples, seed + 1000)}
 
     def write(puzzles, samples, seed, what):
-        groups = sample_groups(model, tokenizer, puzzles, samples, seed, f"{what} traces")
+        groups = sample_groups(model, tokenizer, puzzles, samples, config.max_new_tokens, seed, f"{what} traces")
         return [[completion.token_ids for _, completion, _ in group] for group in groups]
 
     traces = {}
@@ -159,7 +162,8 @@ def score_and_rerank(config: Config, folder, traces: dict[str, list[Trace]], noi
 
 def on_test_puzzles(config: Config, checkpoint) -> dict:
     model, tokenizer = load(checkpoint)
-    return evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(n=config.eval_n))[0]
+    return evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
+        n=config.eval_n, max_new_tokens=config.max_new_tokens))[0]
 
 
 def collect(config: Config) -> dict:

@@ -105,13 +105,14 @@ def run_stages(folder: Path, stages: list[Stage], go_on: str) -> None:
             run_stage(folder, stage, stages, go_on)
 
 
-def sample_groups(model, tokenizer, puzzles, samples: int, seed: int, what: str, start: str = "") -> list[list[tuple]]:
+def sample_groups(model, tokenizer, puzzles, samples: int, max_new_tokens: int, seed: int, what: str,
+                  start: str = "") -> list[list[tuple]]:
     """(prompt ids, Completion, text) of each puzzle's samples, a group a puzzle; all begin with start, which belongs to
     the prompt's ids and to the text. In chunks, for the progress bar: they change no token."""
     groups, size = [], max(1, 1024 // samples)  # puzzles at a time
     for first in tqdm(range(0, len(puzzles), size), desc=what, unit="batch"):
         prompts = [make_prompt(puzzle) + start for puzzle in puzzles[first:first + size] for _ in range(samples)]
-        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=1024, seed=seed,
+        prompt_ids, completions, texts = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed,
                                                   first_index=first * samples)
         rows = list(zip(prompt_ids, completions, [start + words for words in texts]))
         groups += [rows[i:i + samples] for i in range(0, len(rows), samples)]
