@@ -75,14 +75,16 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
                    "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
     return {(name, shots): Stage(stage := f"eval-{name.replace(' ', '-')}-{shots}", shlex.join(map(str, (
                 "python", "evaluate.py", "--model", checkpoint, "--level", "three", "--n", config.n,
-                "--max-new-tokens", config.max_new_tokens, "--shots", shots, "--seed", seed, "--json", folder / f"{stage}.json"))))
+                "--max-new-tokens", config.max_new_tokens, "--shots", shots, "--seed", seed,
+                "--json", folder / f"{stage}.json"))))
             for name, checkpoint in checkpoints.items() for shots in SHOTS}
 
 
 def collect(config: Config) -> dict:
     rows = {name: {} for name in MODELS}
     for name, shots in evaluations(config, 0):
-        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text(encoding="utf-8")) for seed in range(config.seeds)]
+        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text(encoding="utf-8"))
+                  for seed in range(config.seeds)]
         rows[name][shots] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.n),
                              **{column: average([table[column] for table in tables]) for column in
                                 ("format", "language", "wrong_numbers", "completion_tokens", "truncated",

@@ -119,9 +119,11 @@ def train_values(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     newline = tokenizer.convert_tokens_to_ids("\n")
     puzzles = sample_puzzles(config.train_puzzles, split="train", seed=seed)
-    rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, config.max_new_tokens, seed, "rollouts", START)
+    rollouts = sample_groups(model, tokenizer, puzzles, config.train_samples, config.max_new_tokens, seed, "rollouts",
+                             START)
     asked = test_puzzles(config.n, seed)
-    test_rollouts = sample_groups(model, tokenizer, asked, 4, config.max_new_tokens, seed + 2000, "test rollouts", START)
+    test_rollouts = sample_groups(model, tokenizer, asked, 4, config.max_new_tokens, seed + 2000, "test rollouts",
+                                  START)
     test = value_examples(test_rollouts, asked, newline)
     result = {}
     for name, shuffled in (("value", None), ("shuffled", random.Random(seed))):
@@ -147,8 +149,8 @@ def compare(config: Config, folder: Path, seed: int) -> None:
         return last_scores(value_model, rows)
 
     def sample_plainly():
-        groups = sample_groups(model, tokenizer, puzzles, config.samples, config.max_new_tokens, seed + 1000, "plain sampling",
-                               START)
+        groups = sample_groups(model, tokenizer, puzzles, config.samples, config.max_new_tokens, seed + 1000,
+                               "plain sampling", START)
         scores = [trained([prompt + completion.token_ids for prompt, completion, _ in group]) for group in groups]
         tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
         # share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N
@@ -184,7 +186,8 @@ def write_training_data(config: Config, folder: Path, seed: int) -> dict:
     model, tokenizer = load(config.model)
     value_model = load_reward_model(folder / "value")[0]
     puzzles = sample_puzzles(config.sft_puzzles, split="train", seed=seed + 3000)
-    groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, config.max_new_tokens, seed + 4000, "plain sampling", START)
+    groups = sample_groups(model, tokenizer, puzzles, config.sft_budget, config.max_new_tokens, seed + 4000,
+                           "plain sampling", START)
     tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / len(puzzles)
     trees, _ = search(model, tokenizer, lambda rows: last_scores(value_model, rows), puzzles, budgets=[tokens],
                       width=config.width, explore=config.explore, seed=seed + 4000, what="MCTS of train puzzles")
