@@ -393,7 +393,7 @@ def finish(run: Run) -> None:
     print(f"validation pass@1 {before['eval_pass@1']:.1%} -> {after['eval_pass@1']:.1%} "
           f"(95% interval {after['eval_pass@1_low']:.1%} to {after['eval_pass@1_high']:.1%}, n = {after['eval_n']}), "
           f"{before['eval_completion_tokens']:.0f} -> {after['eval_completion_tokens']:.0f} tokens a completion, "
-          f"{(time.time() - run.started) / 60:.1f} minutes; the run is in {run.folder}")
+          f"{run.minutes():.1f} minutes; the run is in {run.folder}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Config:
     eval_every: int = 10         # GRPO steps between evaluations
     eval_n: int = 512            # validation puzzles of the curves, test puzzles before and after RL
     samples: int = 4             # completions of each, before and after RL
+    max_new_tokens: int = 1024   # a longer completion is cut off
 
     def __post_init__(self):
         if self.arm not in ("", *ARMS):
@@ -57,7 +58,8 @@ class Config:
                              "and groups of 16")
 
 
-QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2)
+QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2,
+             max_new_tokens=64)  # a base that has read 300 documents would never stop
 ARMS = {
     "full": "",
     "no verification": "--no-verification",
@@ -65,7 +67,6 @@ ARMS = {
     "no reflection": "--no-reflection",
     "wrong answers": "--wrong-answers 1.0",
 }
-QUICK_TOKENS = 64  # of a completion: a base that has read 300 documents would never stop
 COUNTS = ("pass@1_3_numbers", "pass@1_4_numbers")
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
@@ -90,7 +91,7 @@ def rl_stage(config: Config, arm: str, seed: int) -> Stage:
                                                       arm_folder(seed_folder(config, seed), arm)))
     return Stage(f"{arm_folder(Path(), arm)}-rl", f"python train_countdown.py --model {model} --steps {config.steps} "
                  f"--batch-size {config.batch_size} --eval-every {config.eval_every} --eval-n {config.eval_n} "
-                 f"--seed {seed} {f'--max-new-tokens {QUICK_TOKENS} ' if config.quick else ''}--rollouts sampled "
+                 f"--max-new-tokens {config.max_new_tokens} --seed {seed} --rollouts sampled "
                  f"--out {out}")
 
 
@@ -103,7 +104,7 @@ def measure(config: Config, checkpoint) -> dict:
     result, and how many of these answer right."""
     model, tokenizer = load(checkpoint)
     table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
-        n=config.eval_n, samples=config.samples, max_new_tokens=QUICK_TOKENS if config.quick else 1024))
+        n=config.eval_n, samples=config.samples, max_new_tokens=config.max_new_tokens))
     found = [record for record in records
              if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
     return table | {"found": len(found) / len(records),

@@ -45,6 +45,9 @@ class Run:
     evaluation_seconds: float = 0.0  # of the last one
     inputs: dict = field(default_factory=dict)  # path -> fingerprint of what a resumed run must find unchanged
 
+    def minutes(self) -> float:
+        return (time.time() - self.started) / 60
+
 
 def open_run(config) -> Run:
     """Device, policy, tokenizer and optimizer, of the model or of the checkpoint to resume; a new run's folder is not
@@ -108,7 +111,7 @@ def save(run: Run, config) -> None:
     adapters = {name: p.detach() for name, p in policy.named_parameters() if config.lora_rank and p.requires_grad}
     with merged(policy):
         save_checkpoint(run.folder, policy, run.tokenizer, {
-            "step": run.step, "inputs": run.inputs, "minutes": (time.time() - run.started) / 60,
+            "step": run.step, "inputs": run.inputs, "minutes": run.minutes(),
             "optimizer": run.optimizer.state_dict(), "adapters": adapters,
             "ref_model": run.ref_policy.state_dict() if run.ref_policy and config.ref_every else None})
 
@@ -158,4 +161,4 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
         tqdm.write(f"{prompt.removesuffix(opened_thinking(prompt))}{rollouts[0].text}\n")
     if config.rollouts == "every" or config.rollouts == "sampled" and shown:
         append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))
-    append_jsonl(run.folder / "metrics.jsonl", {**row, "minutes": (time.time() - run.started) / 60})
+    append_jsonl(run.folder / "metrics.jsonl", {**row, "minutes": run.minutes()})
