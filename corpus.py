@@ -60,7 +60,7 @@ class Config:
     slips: float = 0.02             # share of results with an arithmetic slip
     chat: float = 0.12              # share of documents that are half direct arithmetic, half small talk
     programs: float = 0.10          # share of documents that look for a function from examples (tasks/code.py)
-    pages: float = 0.0              # share of searches that stand behind 1 to 8 others, for a base that takes few-shot prompts
+    pages: float = 0.0              # share of searches behind 1 to 8 others, for a base that takes few-shot prompts
 
     def __post_init__(self):
         if self.n < 1 or any(not 0 <= getattr(self, f.name) <= 1 for f in fields(self) if f.type is float):
