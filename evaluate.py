@@ -13,7 +13,7 @@ looks at --split validation, so that the test problems say what was not chosen o
 DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 1 and 1, are the policy as RL trains it.
 """
 
-import json
+import hashlib
 import math
 import os
 import random
@@ -24,7 +24,8 @@ from pathlib import Path
 from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
-from machinery.run_folder import write_whole
+from machinery.run_folder import write_json
+from machinery.statistics import wilson_interval
 from machinery.tasks import as_dict, find_tasks
 from machinery.text import check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
@@ -71,12 +72,6 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------- estimators
-def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share p of n puzzles (Wilson 1927); with several samples a puzzle on the wide, safe side."""
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
-
-
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that k of the samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
 
@@ -197,9 +192,17 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
         table["wrong_numbers"] = mean(verdict.startswith("uses") for _, verdict in scored)
         if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
             table |= evaluate_general(model, tokenizer, n, config, settings)
-    records = [{**as_dict(problem), "prompt": prompts[i // k], "completion": text, "verdict": verdict}
+    records = [{**as_dict(problem), "key": task.seam.key(problem), "prompt": prompts[i // k], "completion": text, "verdict": verdict}
                for i, (problem, text, (_, verdict)) in enumerate(zip(drawn, texts, scored))]
     return table, records
+
+
+def by_problem(records: list[dict], samples: int) -> dict:
+    """For machinery/statistics.py: which problems these are, as a hash, and how many samples of each are right."""
+    right = [record["verdict"] == "correct" for record in records]
+    keys = [str(record["key"]) for record in records[::samples]]
+    return {"problems": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
+            "right": [sum(right[i:i + samples]) for i in range(0, len(right), samples)]}
 
 
 def print_table(table: dict, split: str) -> None:
@@ -229,7 +232,7 @@ def main() -> None:
         print(f"{prompt}{record['completion']}\n=> {record['verdict']}\n")
     print_table(table, config.split)
     if config.json:
-        write_whole(Path(config.json), json.dumps({"settings": asdict(config), **table}, indent=2) + "\n")
+        write_json(Path(config.json), {"settings": asdict(config), **table, **by_problem(records, config.samples)})
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import distill
-from evaluate import mean, wilson_interval
+from evaluate import mean
 from machinery.checkpoints import check_device, check_dtype
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
 from machinery.run_folder import write_whole
 from machinery.stages import Stage, check_stages, disk_use, is_done, read_record, run_stage, set_aside
+from machinery.statistics import wilson_interval
 from machinery.tasks import find_tasks
 
 

@@ -9,7 +9,6 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
 """
 
 import json
-import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +18,11 @@ from matplotlib.ticker import PercentFormatter
 from tqdm import tqdm
 
 from countdown import make_prompt
-from evaluate import wilson_interval
 from machinery.data import fingerprint
 from machinery.flags import bad_input_exits, parse_config
-from machinery.run_folder import write_whole
+from machinery.run_folder import write_json, write_whole
 from machinery.stages import Stage, check_stages, run_stage
+from machinery.statistics import wilson_interval
 from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
@@ -62,12 +61,6 @@ def seed_folder(config, seed: int) -> Path:
     folder = Path(config.out) / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all: a killed study leaves no half of a file. What holds nothing nested stands on one line."""
-    pretty = json.dumps(value, indent=1)
-    write_whole(path, re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), pretty) + "\n")
 
 
 def piece(folder: Path, name: str, make=None):

@@ -212,10 +212,11 @@ def main() -> None:
         elif not args.out:
             parser.error("expected --out FILE.png for several runs")
         elif args.mean:
-            lines = {pattern: [read_metrics(run) for run in sorted(glob.glob(pattern))] for pattern in args.runs}
-            if empty := [pattern for pattern, groups in lines.items() if not groups]:
+            found = {pattern: sorted(glob.glob(pattern)) for pattern in args.runs}
+            if empty := [pattern for pattern, runs in found.items() if not runs]:
                 parser.error(f"got {empty[0]!r}, which matches no run folder")
-            print(plot_lines(lines, args.out))
+            print(plot_lines({f"{Path(pattern).name}: {len(runs)} run{'s' * (len(runs) > 1)}": list(map(read_metrics, runs))
+                              for pattern, runs in found.items()}, args.out))
         else:
             print(plot_lines({Path(run).name: [read_metrics(run)] for run in args.runs}, args.out))
     except (FileNotFoundError, ValueError) as error:

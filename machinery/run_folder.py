@@ -57,6 +57,12 @@ def write_whole(path: Path, text: str) -> None:
     staging.replace(path)
 
 
+def write_json(path: Path, value) -> None:
+    """Whole or not at all; what holds nothing nested stands on one line."""
+    pretty = json.dumps(value, indent=1)
+    write_whole(path, re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), pretty) + "\n")
+
+
 def rewind_log(path: Path, step: int) -> None:
     """Drops the rows that a killed run wrote past its checkpoint at this step; the resumed run writes them again.
 

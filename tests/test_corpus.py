@@ -345,7 +345,7 @@ def test_command_corpus_never_overwrites(tmp_path, capsys):
 @pytest.mark.parametrize("flags, says", [
     ("--n 0", "n of at least 1"), ("--tags 1.5", "every share between 0 and 1"), ("--give-up -0.1", "every share"),
     ("--luck nan", "every share"), ("--chat 0.6 --programs 0.5", "got chat 0.6 and programs 0.5, expected at most 1 together"),
-    ("--level tinyzero", "got level 'tinyzero', expected one whose numbers go to 10: laptop, three, four, five"),
+    ("--level tinyzero", "got level 'tinyzero', expected one whose numbers go to 10: laptop, three, four, hundred, five"),
     ("--level nowhere", "got level 'nowhere'"), ("--no-surprise", "--no-surprise")])
 def test_command_corpus_refuses_senseless_settings(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -129,7 +129,7 @@ def test_below_15_of_100_is_test_and_below_30_validation(numbers, target, place,
 
 @pytest.mark.parametrize("level, n, counts, largest, targets", [
     ("laptop", 400, {3, 4}, 10, (1, 30)), ("three", 400, {3}, 10, (1, 30)), ("four", 400, {4}, 10, (1, 30)),
-    ("five", 150, {5}, 10, (1, 30)), ("tinyzero", 100, {3, 4}, 99, (10, 100))])
+    ("hundred", 300, {4}, 10, (31, 100)), ("five", 150, {5}, 10, (1, 30)), ("tinyzero", 100, {3, 4}, 99, (10, 100))])
 def test_sampled_puzzles_are_solvable_and_fill_their_level(level, n, counts, largest, targets):
     """This seed reaches every end of every range."""
     rng = random.Random(0)

@@ -15,9 +15,10 @@ import evaluate
 import sft
 import corpus
 from countdown import Puzzle, make_prompt, sample_puzzles, solve, split_of, vote, watch
-from evaluate import Config, looks, pass_at_k, wilson_interval
+from evaluate import Config, looks, pass_at_k
 from machinery.checkpoints import save
 from machinery.rollouts import Rollout
+from machinery.statistics import wilson_interval
 from machinery.tasks import Score, find_tasks
 from rewards import accuracy_reward, format_reward, verify
 from sampling import Completion
@@ -56,24 +57,6 @@ def answer(expression: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- estimators
-@pytest.mark.parametrize("p, n, low, high", (
-    (0.5, 100, 0.40383, 0.59617),   # (0.5 + 0.019208 -+ 1.96 sqrt(0.0025 + 0.00009604)) / 1.038416
-    (0.0, 10, 0.0, 0.27754),        # z^2 / (n + z^2) = 3.8416 / 13.8416
-    (1.0, 10, 0.72246, 1.0),
-    (0.9, 512, 0.87096, 0.92308),
-))
-def test_wilson_interval_by_hand(p, n, low, high):
-    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96: no point at 0 and 1, and not symmetric near
-    them."""
-    assert wilson_interval(p, n) == pytest.approx((low, high), abs=1e-5)
-
-
-def test_the_interval_never_leaves_0_to_1():
-    """Not by a rounding either, which would print as -0.0%."""
-    bounds = [bound for n in range(1, 1000) for p in (0.0, 1.0) for bound in wilson_interval(p, n)]
-    assert min(bounds) == 0 and max(bounds) == 1
-
-
 def test_pass_at_k_by_hand():
     """1 - C(n-c, k) / C(n, k): of 4 samples with 1 right one, two drawn hold it in 3 of 6 pairs."""
     assert pass_at_k(4, 1, 1) == 0.25 and pass_at_k(4, 1, 2) == 0.5 and pass_at_k(4, 1, 4) == 1.0

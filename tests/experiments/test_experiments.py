@@ -18,7 +18,7 @@ import evaluate
 import sft
 import train_countdown
 from countdown import Puzzle, answer_value, fill_template, make_prompt, question, sample_puzzle, split_of, vote
-from evaluate import wilson_interval
+from machinery.statistics import wilson_interval
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
 from sampling import Completion
 

@@ -128,7 +128,7 @@ def test_weights_override_the_tasks_own():
     (("--task", "countdown=0"), ("where countdown has weight 0; expected more than 0",)),
     (("--task", "countdown=many"), ("expected NAME=NUMBER",)),
     (("--task", ""), ("got an empty --task",)),
-    (("--level", "hard"), ("got level 'hard', expected one of laptop, three, four, five, tinyzero",)),
+    (("--level", "hard"), ("got level 'hard', expected one of laptop, three, four, hundred, five, tinyzero",)),
     (("--task", "arithmetic", "--level", "laptop"), ("got level 'laptop', expected one of sums, one-digit",)),
     (("--style", "haiku"), ("got style 'haiku', expected tiny, base or chat",)),
     (("--weights", "beauty=1"), ("got --weights with 'beauty', expected some of accuracy, format, language",)),

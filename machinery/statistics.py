@@ -1,0 +1,117 @@
+"""Means, spreads and differences: whatever a script reports of checkpoints has its interval from here.
+
+    wilson_interval   a share of n problems, one checkpoint: what other problems would have given
+    t_interval        one number of each seed: what other seeds would have given
+    interval          each problem's score for each seed: what other problems and other seeds would have given
+    difference        the same of two arms, paired: each problem, and each seed, is compared with itself
+
+Two intervals that overlap say nothing about a difference: where both arms fail at the same problems, those problems cancel
+out. So a comparison is always difference(), and it is told apart where its interval does not hold 0.
+
+    python -m machinery.statistics a.json                              # of evaluate.py --json
+    python -m machinery.statistics a0.json a1.json a2.json             # three seeds of one arm
+    python -m machinery.statistics a0.json a1.json --against b0.json b1.json
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 4000
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t with 1, 2, ... degrees of freedom
+
+
+class Scores(NamedTuple):
+    """Of one checkpoint."""
+    problems: str        # which they are and in which order: a hash of their keys
+    values: list[float]  # of each: 1.0 or 0.0, or the share of its samples that are right
+
+
+class Estimate(NamedTuple):
+    mean: float
+    low: float           # 95% interval
+    high: float
+    seeds: list[float]   # each seed's own mean
+
+    def verdict(self) -> str:
+        """Of a difference."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not told apart"
+
+
+def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share p of n problems (Wilson 1927), one checkpoint; with several samples a problem it is too wide."""
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def t_interval(values: list[float]) -> tuple[float, float]:
+    """95% interval of the mean of what seeds gave (Student 1908). With more than ten seeds it is that of ten, a little
+    too wide. Raises ValueError for fewer than two."""
+    if len(values) < 2:
+        raise ValueError(f"got {len(values)} seed, expected at least 2: one run has no spread; ask for more with --seeds")
+    width = T_975[min(len(values), len(T_975) + 1) - 2] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - width), float(np.mean(values) + width)
+
+
+def interval(runs: list[Scores], resamples: int = RESAMPLES) -> Estimate:
+    """95% interval of the mean over S seeds and N problems, by bootstrap (Efron 1979).
+
+    Every resample draws N problems with replacement, the same for all seeds that were asked the same ones, takes each
+    seed's mean m_s, and moves their mean by t * sd(m_s) / sqrt(S), t drawn from Student's t with S - 1 degrees of
+    freedom: three seeds are too few to be drawn from. With one seed it is the interval over problems alone."""
+    rng, S, drawn = np.random.default_rng(0), len(runs), {}
+    means = np.empty((resamples, S))
+    for s, run in enumerate(runs):
+        if run.problems not in drawn:
+            drawn[run.problems] = rng.multinomial(len(run.values), [1 / len(run.values)] * len(run.values), resamples)
+        means[:, s] = drawn[run.problems] @ np.array(run.values) / len(run.values)
+    centres = means.mean(axis=1)
+    if S > 1:
+        centres += rng.standard_t(S - 1, resamples) * means.std(axis=1, ddof=1) / math.sqrt(S)
+    seeds = [float(np.mean(run.values)) for run in runs]
+    return Estimate(float(np.mean(seeds)), *map(float, np.percentile(centres, [2.5, 97.5])), seeds)
+
+
+def difference(a: list[Scores], b: list[Scores]) -> Estimate:
+    """interval() of a minus b, problem by problem and seed by seed. Raises ValueError where a seed's problems differ."""
+    if len(a) != len(b):
+        raise ValueError(f"got {len(a)} and {len(b)} seeds, expected as many of both arms: they are compared in pairs")
+    for seed, (own, other) in enumerate(zip(a, b)):
+        if own.problems != other.problems or len(own.values) != len(other.values):
+            raise ValueError(f"got different problems of the arms' runs number {seed}, expected the same ones: evaluate both "
+                             "with the same --task, --level, --split, --n and --seed")
+    return interval([Scores(own.problems, [x - y for x, y in zip(own.values, other.values)]) for own, other in zip(a, b)])
+
+
+def read_scores(path) -> Scores:
+    """Of a file of evaluate.py --json."""
+    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "right" not in table:
+        raise ValueError(f"got {path} without each problem's result, expected a file of evaluate.py --json; make it again")
+    return Scores(table["problems"], [right / table["samples"] for right in table["right"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evaluations", nargs="+", help="files of evaluate.py --json, a seed each")
+    parser.add_argument("--against", nargs="+", default=[], help="those of another arm, seeds in the same order")
+    args = parser.parse_args()
+    try:
+        a, b = list(map(read_scores, args.evaluations)), list(map(read_scores, args.against))
+        for runs in (a, b)[:1 + bool(b)]:
+            own = interval(runs)
+            print(f"pass@1 {own.mean:.1%} (95% interval {own.low:.1%} to {own.high:.1%}; seeds "
+                  f"{', '.join(f'{seed:.1%}' for seed in own.seeds)}; n = {len(runs[0].values)} problems)")
+        if b:
+            own = difference(a, b)
+            print(f"difference {100 * own.mean:+.1f} points ({100 * own.low:+.1f} to {100 * own.high:+.1f}): {own.verdict()}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
