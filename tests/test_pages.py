@@ -128,6 +128,15 @@ def test_the_figures_of_the_longer_runs_are_those_of_their_logs():
         cells = [f"{row['eval_pass@1']:.1%} | {row['eval_pass@1_4_numbers']:.1%} | {row['minutes']:.1f}"
                  for row in (run[step] for run in runs)]
         assert f"| {step} | {' | '.join(cells)} |" in page
+    hard = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "quickstart" / "hundred").glob("eval*.json")}
+    assert all(table["settings"]["split"] == "test" and table["n"] == 512 for table in hard.values())
+    base, long, own = (hard[f"evaluation{name}"] for name in ("-base", "-64-steps", ""))
+    own_laptop = hard["evaluation-laptop"]["pass@1"]
+    for before, table, after in (("34.8%", base, "0.0%"), (f"{test['pass@1']:.1%}", long, "0.0%"),
+                                 (f"{own_laptop:.1%}", own, "not measured")):
+        assert (f"| {before} | {table['pass@1']:.1%} ({table['pass@1_low']:.1%} to {table['pass@1_high']:.1%}) | "
+                f"{table['completion_tokens']:.0f} | {table['truncated']:.1%} | {after} |") in page
+    assert hard["evaluation-five-base"]["pass@1"] == hard["evaluation-five-64-steps"]["pass@1"] == 0
     last = runs[1][64]
     assert (f"reaches {last['eval_pass@1']:.1%} (four numbers {last['eval_pass@1_4_numbers']:.1%}) in {last['minutes']:.0f} "
             f"minutes, and {test['pass@1']:.1%} on test") in (ROOT / "README.md").read_text()

@@ -168,11 +168,11 @@ def test_bad_flags_are_refused(flags, says, tmp_path, refused):
     assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
-def test_a_killed_recipe_goes_on_where_it_was(tmp_path):
+def test_a_killed_recipe_goes_on_where_it_was(tmp_path, base):
     """SIGKILL in the middle of R1-Zero; the second call resumes that run instead of beginning it again."""
     zero = tmp_path / "seed0" / "zero"
-    flags = [sys.executable, "r1.py", "--out", tmp_path, *SMALL, "--zero-steps", 4, "--rl-flags",
-             "--batch-size 32 --group-size 8 --save-every 1 --eval-every 99", "--only", "zero"]
+    flags = [sys.executable, "r1.py", "--out", tmp_path, *SMALL, "--model", base, "--max-new-tokens", 24, "--zero-steps", 40,
+             "--rl-flags", "--batch-size 32 --group-size 8 --save-every 1 --eval-every 99", "--only", "zero"]
     process = subprocess.Popen(list(map(str, flags)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (zero / "metrics.jsonl").exists() or len((zero / "metrics.jsonl").read_text().splitlines()) < 3:
@@ -184,7 +184,7 @@ def test_a_killed_recipe_goes_on_where_it_was(tmp_path):
     done = subprocess.run(list(map(str, flags)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     after = read_jsonl(zero / "metrics.jsonl")
-    assert [row["step"] for row in after] == [0, 1, 2, 3, 4] and after[:2] == before[:2]
+    assert [row["step"] for row in after] == list(range(41)) and after[:2] == before[:2]
     assert not (tmp_path / "seed0" / "zero.old").exists()
 
 
