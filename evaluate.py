@@ -129,7 +129,8 @@ def describe_step(rollouts, language: str) -> dict[str, float]:
         if "accuracy" in table:
             table |= by_group("accuracy", [r.score.group for r in own], [r.score.parts["accuracy"] for r in own])
         if name == names[0]:
-            row = table | looks([r.text for r in own], [r.completion for r in own], language)
+            row = table | looks([r.text for r in own], [r.completion for r in own], language) | by_group(
+                "completion_tokens", [r.score.group for r in own], [len(r.completion.token_ids) for r in own])
         else:
             row |= {f"{name}_{column}": value for column, value in table.items()}
     return row
@@ -188,6 +189,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     parts.pop("accuracy", None)  # it is pass@1
     table |= parts | means([task.watch(problem, text) for problem, text in zip(drawn, texts)])
     table |= looks(texts, completions, config.language)
+    table |= by_group("completion_tokens", list(map(task.group, drawn)), [len(c.token_ids) for c in completions])
     if task.name == "countdown":
         table["wrong_numbers"] = mean(verdict.startswith("uses") for _, verdict in scored)
         if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
@@ -210,7 +212,7 @@ def print_table(table: dict, split: str) -> None:
           f"{table['pass@1_high']:.1%}, n = {table['n']} {split} problems x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
-            counted = name in ("completion_tokens", "verifications", "backtracks", "reflection_words")
+            counted = name.startswith(("completion_tokens", "verifications", "backtracks", "reflection_words"))
             print(f"{name:>20}  {f'{value:.2f}' if counted else f'{value:.1%}'}")
 
 

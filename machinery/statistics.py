@@ -2,7 +2,7 @@
 
     wilson_interval   a share of n problems, one checkpoint: what other problems would have given
     t_interval        one number of each seed: what other seeds would have given
-    interval          each problem's score for each seed: what other problems and other seeds would have given
+    interval, share   each problem's score for each seed: what other problems and other seeds would have given
     difference        the same of two arms, paired: each problem, and each seed, is compared with itself
 
 Two intervals that overlap say nothing about a difference: where both arms fail at the same problems, those problems cancel
@@ -76,6 +76,15 @@ def interval(runs: list[Scores], resamples: int = RESAMPLES) -> Estimate:
     return Estimate(float(np.mean(seeds)), *map(float, np.percentile(centres, [2.5, 97.5])), seeds)
 
 
+def share(runs: list[Scores]) -> Estimate:
+    """interval() of shares: within [0, 1], and Wilson's where all problems of all seeds have the same result, since no
+    resample of them differs."""
+    own = interval(runs)
+    if len({value for run in runs for value in run.values}) == 1:
+        return own._replace(**dict(zip(("low", "high"), wilson_interval(own.mean, len(runs[0].values)))))
+    return own._replace(low=max(0.0, own.low), high=min(1.0, own.high))
+
+
 def difference(a: list[Scores], b: list[Scores]) -> Estimate:
     """interval() of a minus b, problem by problem and seed by seed. Raises ValueError where a seed's problems differ."""
     if len(a) != len(b):
@@ -103,7 +112,7 @@ def main() -> None:
     try:
         a, b = list(map(read_scores, args.evaluations)), list(map(read_scores, args.against))
         for runs in (a, b)[:1 + bool(b)]:
-            own = interval(runs)
+            own = share(runs)
             print(f"pass@1 {own.mean:.1%} (95% interval {own.low:.1%} to {own.high:.1%}; seeds "
                   f"{', '.join(f'{seed:.1%}' for seed in own.seeds)}; n = {len(runs[0].values)} problems)")
         if b:

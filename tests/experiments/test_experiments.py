@@ -356,7 +356,7 @@ def run(study_name, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", (*STUDIES, "harder"))
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     run(name, "--quick", "--out", tmp_path / "out")

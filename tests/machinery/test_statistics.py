@@ -106,6 +106,14 @@ def test_intervals_of_problems_part_where_seeds_do_not_tell_the_arms_apart():
     assert difference(a, b).verdict() == "not told apart"
 
 
+def test_a_share_stays_a_share():
+    """Two seeds that differ: Student's t with one degree of freedom goes far beyond 1. And nothing seen in 20 problems and
+    two seeds leaves Wilson's interval of 20."""
+    assert statistics.share(runs([1.0] * 9 + [0.0], [1.0] * 6 + [0.0] * 4)).high == 1
+    own = statistics.share(runs([0.0] * 20, [0.0] * 20))
+    assert (own.low, own.high) == wilson_interval(0.0, 20)
+
+
 def test_equal_arms_are_not_told_apart():
     assert difference(runs([1.0, 0.0]), runs([1.0, 0.0])) == Estimate(0.0, 0.0, 0.0, [0.0])
     assert difference(runs([1.0, 0.0]), runs([1.0, 0.0])).verdict() == "not told apart"
