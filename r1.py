@@ -29,7 +29,7 @@ from machinery.flags import bad_input_exits, parse_config
 from machinery.plots import plot_hacking, plot_ladder
 from machinery.run_folder import write_whole
 from machinery.stages import Stage, check_stages, disk_use, is_done, read_record, run_stage, set_aside
-from machinery.statistics import wilson_interval
+from machinery.statistics import read_scores, share
 from machinery.tasks import find_tasks
 
 
@@ -189,7 +189,8 @@ def collect(config: Config) -> dict:
         seeds = [json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")) for folder in folders]
         row = {"label": label, "minutes": sum(table["minutes"][stage] for stage in stages)}
         row |= {column: mean(seed[column] for seed in seeds) for column in COLUMNS if column in seeds[0]}
-        row["pass@1_low"], row["pass@1_high"] = wilson_interval(row["pass@1"], config.eval_n)
+        own = share([read_scores(folder / f"eval-{name}.json") for folder in folders])  # over puzzles and seeds
+        row["pass@1_low"], row["pass@1_high"] = own.low, own.high
         row["seeds"] = {column: [seed[column] for seed in seeds] for column in COLUMNS if column in seeds[0]}
         if name in students[0]:
             row["flops"] = mean(student[name]["flops"] for student in students)
@@ -243,7 +244,8 @@ def main() -> None:
                     print(f"{stage.name}: {record['minutes']:.1f} minutes, {disk_use(folder):.0f} MiB in {folder}")
     if config.list or config.only or config.seed >= 0:
         return
-    table, out = collect(config), Path(config.out)
+    with bad_input_exits():  # evaluations of an older version
+        table, out = collect(config), Path(config.out)
     write_whole(out / "table.json", json.dumps(table, indent=2) + "\n")
     write_whole(out / "table.md", markdown(table))
     plot_ladder(table, out / "ladder.png")

@@ -68,7 +68,7 @@ class Config:
                              "groups of 16")
 
 
-QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=2, batch_size=32, eval_n=16,
+QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=1, batch_size=32, eval_n=16,
              max_new_tokens=160)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
