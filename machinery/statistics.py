@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
 
 def wilson_interval(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share p of n problems (Wilson 1927), one checkpoint; with several samples a problem it is too wide."""
+    """95% interval of a share p of n problems (Wilson 1927), one checkpoint; too wide with several samples a problem."""
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
@@ -85,7 +85,7 @@ def share(runs: list[Scores]) -> Estimate:
     return own._replace(low=max(0.0, own.low), high=min(1.0, own.high))
 
 
-def difference(a: list[Scores], b: list[Scores]) -> Estimate:
+def difference(a: list[Scores], b: list[Scores], resamples: int = RESAMPLES) -> Estimate:
     """interval() of a minus b, problem by problem and seed by seed. Raises ValueError where a seed's problems differ."""
     if len(a) != len(b):
         raise ValueError(f"got {len(a)} and {len(b)} seeds, expected as many of both arms: they are compared in pairs")
@@ -93,7 +93,8 @@ def difference(a: list[Scores], b: list[Scores]) -> Estimate:
         if own.problems != other.problems or len(own.values) != len(other.values):
             raise ValueError(f"got different problems of the arms' runs number {seed}, expected the same ones: evaluate both "
                              "with the same --task, --level, --split, --n and --seed")
-    return interval([Scores(own.problems, [x - y for x, y in zip(own.values, other.values)]) for own, other in zip(a, b)])
+    return interval([Scores(own.problems, [x - y for x, y in zip(own.values, other.values)]) for own, other in zip(a, b)],
+                    resamples)
 
 
 def read_scores(path) -> Scores:
