@@ -13,7 +13,6 @@ looks at --split validation, so that the test problems say what was not chosen o
 DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 1 and 1, are the policy as RL trains it.
 """
 
-import hashlib
 import math
 import os
 import random
@@ -25,7 +24,7 @@ from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_json
-from machinery.statistics import wilson_interval
+from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
 from machinery.text import check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
@@ -202,8 +201,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
 def by_problem(records: list[dict], samples: int) -> dict:
     """For machinery/statistics.py: which problems these are, as a hash, and how many samples of each are right."""
     right = [record["verdict"] == "correct" for record in records]
-    keys = [str(record["key"]) for record in records[::samples]]
-    return {"problems": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
+    return {"problems": name_problems(record["key"] for record in records[::samples]),
             "right": [sum(right[i:i + samples]) for i in range(0, len(right), samples)]}
 
 

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
-from experiments.study import (average, begin, finish, markdown, piece, run_stages, seed_folder, seeds_to_run,
-                               text, with_interval)
+from experiments.study import (average, begin, finish, markdown, measured, paired, piece, points, run_stages,
+                               seed_folder, seeds_to_run, text)
 from machinery import plots
 from machinery.checkpoints import load
 from machinery.plots import plot_lines, read_metrics
 from machinery.stages import Stage
+from machinery.statistics import scores_of
 from rewards import chain_of_thought
 
 
@@ -107,22 +108,23 @@ def measure(config: Config, checkpoint) -> dict:
         n=config.eval_n, samples=config.samples, max_new_tokens=config.max_new_tokens))
     found = [record for record in records
              if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
-    return table | {"found": len(found) / len(records),
-                    "right_when_found": sum(r["verdict"] == "correct" for r in found) / max(1, len(found))}
+    return {**table, **evaluate.by_problem(records, config.samples), "found": len(found) / len(records),
+            "right_when_found": sum(r["verdict"] == "correct" for r in found) / max(1, len(found))}
 
 
 def collect(config: Config) -> dict:
     """The committed JSON: for each arm the base, the policy after RL, and the curves in between."""
-    shares = ("pass@1", f"pass@{config.samples}", f"maj@{config.samples}")
-    names = (*shares, *COUNTS, "format", "found", "right_when_found", "completion_tokens", *BEHAVIOURS)
+    names = (f"pass@{config.samples}", f"maj@{config.samples}", *COUNTS, "format", "found", "right_when_found",
+             "completion_tokens", *BEHAVIOURS)
     wanted = {"step"} | {name for _, train, held_out, _ in PANELS for name in (train, held_out)}
-    arms = {}
+    arms, runs = {}, {}
     for arm in ARMS:
         tables = {"base": [piece(Path(config.out) / "bases", f"{arm} base")],
                   "rl": [piece(seed_folder(config, seed), f"{arm} rl") for seed in range(config.seeds)]}
-        arms[arm] = {when: {name: with_interval([t[name] for t in rows], config.eval_n)
-                            if name in shares else average([t[name] for t in rows]) for name in names}
-                     for when, rows in tables.items()}
+        runs[arm] = list(map(scores_of, tables["rl"]))
+        arms[arm] = {when: {"pass@1": measured(list(map(scores_of, rows))),
+                            **{name: average([t[name] for t in rows]) for name in names}} for when, rows in tables.items()}
+        arms[arm]["minus full"] = paired(runs[arm], runs["full"])
         arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
                                 for row in read_metrics(rl_stage(config, arm, seed).out)]
                                for seed in range(config.seeds)]
@@ -141,10 +143,10 @@ def table(record: dict) -> str:
     columns = (*((count, ".1%") for count in COUNTS), (f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"),
                ("completion_tokens", ".0f"), *((name, ".2f") for name in BEHAVIOURS), ("found", ".1%"),
                ("right_when_found", ".1%"))
-    rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}",
+    rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}", points(arm["minus full"]),
              *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]
-    return markdown(["base", "pass@1", *(column.replace("completion_", "").replace("_", " ") for column, _ in columns)],
-                    rows)
+    names = [column.replace("completion_", "").replace("_", " ") for column, _ in columns]
+    return markdown(["base", "pass@1", "after RL, minus full", *names], rows)
 
 
 def verdict(record: dict) -> str:

@@ -21,10 +21,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import r1
-from experiments.study import (average, begin, compared, finish, markdown, run_stages, seed_folder, seeds_to_run,
-                               share_axis, text, with_interval)
+from experiments.study import (average, begin, compared, finish, markdown, measured, paired, points, run_stages,
+                               seed_folder, seeds_to_run, share_axis, text)
 from machinery.plots import write_figure
 from machinery.stages import Stage
+from machinery.statistics import scores_of
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
 
 
 def collect(config: Config) -> dict:
-    rows = {name: {} for name in MODELS}
-    for name, shots in evaluations(config, 0):
-        tables = [json.loads(evaluations(config, seed)[name, shots].out.read_text(encoding="utf-8"))
-                  for seed in range(config.seeds)]
-        rows[name][shots] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.n),
+    rows, runs, stages = {name: {} for name in MODELS}, {}, [evaluations(config, seed) for seed in range(config.seeds)]
+    for name, shots in stages[0]:
+        tables = [json.loads(own[name, shots].out.read_text(encoding="utf-8")) for own in stages]
+        runs[name, shots] = list(map(scores_of, tables))
+        rows[name][shots] = {"pass@1": measured(runs[name, shots]),
+                             "minus none": paired(runs[name, shots], runs[name, 0]),
                              **{column: average([table[column] for table in tables]) for column in
                                 ("format", "language", "wrong_numbers", "completion_tokens", "truncated",
                                  "verifications", "backtracks")}}
@@ -133,9 +135,10 @@ def verdict(record: dict) -> str:
 
     def line(name: str) -> str:
         zero, one, many = (rows[name][shots]["pass@1"] for shots in ("0", "1", most))
+        first, last = (rows[name][shots]["minus none"] for shots in ("1", most))
         return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one, seeds=True)} with one "
-                f"({compared(one, zero)} without) and {text(many, seeds=True)} with {most} "
-                f"({compared(many, zero)} without)")
+                f"({compared(first)} without: {points(first)}) and {text(many, seeds=True)} with {most} "
+                f"({compared(last)} without: {points(last)})")
 
     zero, many = rows["base"]["0"], rows["base"][most]
     wrong = {name: [text(rows[name][shots]["wrong_numbers"]) for shots in ("0", most)] for name in ("base", "zero")}

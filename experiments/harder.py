@@ -13,7 +13,6 @@ All models and seeds are asked the same test puzzles, so differences are paired 
 tokens do not depend on its limit: what a limit of 128 leaves is counted on the completions with 1,024.
 """
 
-import hashlib
 import shlex
 from dataclasses import dataclass
 
@@ -21,13 +20,13 @@ import matplotlib.pyplot as plt
 
 from countdown import answer_value, key, sample_puzzles
 from experiments.scorer import choose_from_n, powers_of_two, vote
-from experiments.study import (begin, finish, markdown, piece, run_stages, sample_groups, seed_folder, seeds_to_run,
-                               share_axis, text)
+from experiments.study import (begin, finish, markdown, measured, paired, piece, points, run_stages, sample_groups,
+                               seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from machinery.plots import series, write_figure
 from machinery.stages import Stage
-from machinery.statistics import Scores, difference, share
+from machinery.statistics import Scores, name_problems
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def measure(config: Config, arm: str, level: str, seed: int) -> dict:
         for n, shares in votes.items():
             shares.append(curve[n])
         tokens.append(sum(lengths) / len(lengths))
-    asked = hashlib.sha256("\n".join(map(key, puzzles)).encode()).hexdigest()[:16]
-    return {"problems": asked, "within": within, "votes": votes, "tokens": tokens}
+    return {"problems": name_problems(map(key, puzzles)), "within": within, "votes": votes, "tokens": tokens}
 
 
 def over_steps(config: Config, arm: str, columns: list[str]) -> dict:
@@ -99,14 +97,13 @@ def collect(config: Config) -> dict:
 
     full = config.max_new_tokens
     tests = {arm: {level: {
-        "pass@1": share(runs(arm, level, "within", full))._asdict(),
+        "pass@1": measured(runs(arm, level, "within", full)),
         "tokens": sum(sum(one["tokens"]) / len(one["tokens"]) for one in found[arm, level]) / config.seeds,
-        "within": {limit: share(runs(arm, level, "within", limit))._asdict() for limit in limits(config)},
-        "votes": {n: share(runs(arm, level, "votes", n))._asdict() for n in powers_of_two(config.samples)},
+        "within": {limit: measured(runs(arm, level, "within", limit)) for limit in limits(config)},
+        "votes": {n: measured(runs(arm, level, "votes", n)) for n in powers_of_two(config.samples)},
     } for level in LEVELS} for arm in ARMS}
-    pairs = {f"{a} - {b}": {level: (own := difference(runs(a, level, "within", full), runs(b, level, "within", full))
-                                    )._asdict() | {"verdict": own.verdict()} for level in LEVELS}
-             for a, b in (("mixed", "base"), ("easy", "base"), ("mixed", "easy"))}
+    pairs = {f"{a} - {b}": {level: paired(runs(a, level, "within", full), runs(b, level, "within", full))
+                            for level in LEVELS} for a, b in (("mixed", "base"), ("easy", "base"), ("mixed", "easy"))}
     counts = [f"{column}_{count}_numbers" for column in ("pass@1", "completion_tokens") for count in (3, 4)]
     return {"steps": {"mixed": over_steps(config, "mixed", counts), "easy": over_steps(config, "easy", counts[::2])},
             "test": tests, "differences": pairs}
@@ -153,17 +150,13 @@ def draw(record: dict, path) -> None:
     write_figure(figure, path)
 
 
-def points(pair: dict) -> str:
-    return f"{100 * pair['mean']:+.1f} points ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
-
-
 def table(record: dict) -> str:
     tests, most = record["test"], record["config"]["samples"]
     rows = [[ARMS[arm], LEVELS[level], text(own["pass@1"]), " ".join(f"{seed:.1%}" for seed in own["pass@1"]["seeds"]),
              text(own["votes"][str(most)]), f"{own['tokens']:.0f}"] for level in LEVELS for arm, own in
             ((arm, tests[arm][level]) for arm in ARMS)]
     pairs = [[" ".join(ARMS.get(word, "minus") for word in pair.split()), *(
-        f"{points(own[level])}, {own[level]['verdict']}" for level in LEVELS)]
+        f"{points(own[level])}: {own[level]['verdict']}" for level in LEVELS)]
         for pair, own in record["differences"].items()]
     return (markdown(["model", "test puzzles", "pass@1", "of the seeds", f"maj@{most}", "tokens"], rows) + "\n\n"
             + markdown(["paired difference", *LEVELS.values()], pairs))

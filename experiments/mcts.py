@@ -32,14 +32,15 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
-from experiments.scorer import (best, choose_from_n, mean_curves, powers_of_two, reliability, score_positions,
-                                test_puzzles, train_scorer, vote)
-from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, run_stages,
-                               sample_groups, seed_folder, seeds_to_run, share_axis, text, with_interval)
+from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, powers_of_two,
+                                reliability, runs_of, score_positions, test_puzzles, train_scorer, vote)
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, measured, paired, piece, points,
+                               run_stages, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from experiments.tree import MAX_DEPTH, START, search
 from machinery.checkpoints import load
 from machinery.plots import write_figure
 from machinery.stages import Stage
+from machinery.statistics import scores_of
 from preference import load_reward_model, save_reward_model
 from rewards import accuracy_reward
 
@@ -153,8 +154,8 @@ def compare(config: Config, folder: Path, seed: int) -> None:
                                "plain sampling", START)
         scores = [trained([prompt + completion.token_ids for prompt, completion, _ in group]) for group in groups]
         tokens = sum(len(c.token_ids) for group in groups for _, c, _ in group) / config.n / config.samples
-        # share of puzzles solved with N completions by majority vote, best value, vote weighted by value; and pass@N
-        plain_ = mean_curves([choose_from_n(
+        # of each puzzle the share solved with N completions by majority vote, best value, vote weighted by value; and pass@N
+        plain_ = by_puzzle([choose_from_n(
             [answer_value(words, puzzle.numbers) for _, _, words in group], puzzle.target,
             {"majority": (vote, [1.0] * config.samples), "best of N": (best, own), "weighted vote": (vote, own)})
             for puzzle, group, own in zip(puzzles, groups, scores)])
@@ -220,30 +221,31 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
 def collect(config: Config) -> dict:
     """The committed JSON."""
     folders = [seed_folder(config, seed) for seed in range(config.seeds)]
-    values, data, plain_ = ([piece(folder, name) for folder in folders] for name in
-                            ("value-model", "training-data", "plain"))
-
-    def shares(tables):
-        """{way: {N: share}} of each seed -> the same over seeds; they have different puzzles."""
-        return {way: {size: with_interval([table[way][size] for table in tables], config.n * config.seeds)
-                      for size in tables[0][way]} for way in tables[0] if isinstance(tables[0][way], dict)} | {
-            way: average([table[way] for table in tables]) for way in tables[0] if way == "stuck"}
+    values, data, plain_, mcts = ([piece(folder, name) for folder in folders] for name in
+                                  ("value-model", "training-data", "plain", "mcts"))
+    asked, sampled = names_of_test_puzzles(config.n, config.seeds), [run["plain"] for run in plain_]
 
     def searches(name):
-        return shares([piece(folder, name) for folder in folders])
+        tables = [piece(folder, name) for folder in folders]
+        curves = [{way: row for way, row in table.items() if isinstance(row, dict)} for table in tables]
+        return measured_curves(asked, curves) | {"stuck": average([table["stuck"] for table in tables])}
 
     def means(rows):
         return [sum(column) / len(column) for column in zip(*rows)]
 
-    trained = {}
+    trained, runs = {}, {}
     for name in ("base", "plain", "mcts"):
         tables = [json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")) for folder in folders]
-        trained[name] = {"pass@1": with_interval([table["pass@1"] for table in tables], config.eval_n),
+        runs[name] = list(map(scores_of, tables))
+        trained[name] = {"pass@1": measured(runs[name]),
                          **{column: average([table[column] for table in tables]) for column in
                             ("pass@1_3_numbers", "pass@1_4_numbers", "completion_tokens")},
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
     return {"tokens_a_completion": average([run["tokens"] for run in plain_]),
-            "plain": shares([run["plain"] for run in plain_]), "mcts": searches("mcts"),
+            "plain": measured_curves(asked, sampled), "mcts": searches("mcts"),
+            "mcts - majority": {size: paired(runs_of(asked, mcts, "best value", size),
+                                             runs_of(asked, sampled, "majority", size)) for size in mcts[0]["best value"]},
+            "SFT on searched - on sampled": paired(runs["mcts"], runs["plain"]),
             "widths": {width: searches(f"width {width}") for width in WIDTHS},
             "values": {name: searches(f"values {name}") for name in ("shuffled", "none")},
             "value_models": {name: {part: {column: average([v[name][part][column] for v in values]) for column in
@@ -251,7 +253,7 @@ def collect(config: Config) -> dict:
                                     for part in values[0][name]} for name in values[0]},
             "growth": {level: {column: means([run["growth"][level][column] for run in plain_])
                                for column in ("depth", "different", "completions")} for level in ("lines", "tokens")},
-            "nodes_by_depth": means([piece(folder, "mcts")["nodes_by_depth"] for folder in folders]),
+            "nodes_by_depth": means([table["nodes_by_depth"] for table in mcts]),
             "training": trained}
 
 
@@ -346,20 +348,22 @@ def verdict(record: dict) -> str:
     narrow, wide = min(widths, key=int), max(widths, key=int)
     by_width = [entry["best value"][few]["mean"] for entry in widths.values()]
     sampled, solved, usual_best = training["plain"]["pass@1"], training["mcts"]["pass@1"], usual["best value"][last]
+    pairs, taught = record["mcts - majority"], record["SFT on searched - on sampled"]
     out = {width: f"{1 - widths[width]['found'][last]['mean']:.1%}" for width in (narrow, wide)}
     return (
         f"With the tokens of {few} completions MCTS solves {text(searched[few])}, "
-        f"{compared(searched[few], voted[few])} the majority of plain samples ({text(voted[few])}), and "
+        f"{compared(pairs[few])} the majority of plain samples ({text(voted[few])}; {points(pairs[few])}), and "
         f"{min(by_width):.1%} to {max(by_width):.1%} with limits of {narrow} to {wide} lines a node; with those of "
         f"{many}, before which {text(record['mcts']['stuck'])} of the trees are stuck, it is {text(searched[many])}, "
-        f"{compared(searched[many], voted[many])} {text(voted[many])}. "
+        f"{compared(pairs[many])} {text(voted[many])} ({points(pairs[many])}). "
         f"Of the paper's reasons, a limit of {narrow} lines leaves the solution out of {out[narrow]} of the trees after "
         f"{last} completions and one of {wide}, since breadth costs, out of {out[wide]}; the value model is right about "
         f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
         f"{text(values['majority_class'])}), and one of shuffled returns has the solution in "
         f"{text(shuffled['found'][last], False)} of its trees but chooses it in "
         f"{text(shuffled['best value'][last], False)}, not {text(usual_best, False)}; and SFT on what the search solved "
-        f"gives {text(solved)}, {compared(solved, sampled)} on plain samples for the same tokens ({text(sampled)}).")
+        f"gives {text(solved)}, {compared(taught)} on plain samples for the same tokens ({text(sampled)}; "
+        f"{points(taught)}).")
 
 
 def main() -> None:

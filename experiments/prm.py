@@ -33,13 +33,15 @@ import evaluate
 import train_countdown
 from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
-from experiments.scorer import best, choose_from_n, mean_curves, reliability, test_puzzles, train_scorer, vote
-from experiments.study import (average, begin, compared, draw_shares, finish, markdown, piece, sample_groups,
-                               seed_folder, seeds_to_run, share_axis, text, with_interval)
+from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, reliability, runs_of,
+                                test_puzzles, train_scorer, vote)
+from experiments.study import (average, begin, compared, draw_shares, finish, markdown, measured, paired, piece, points,
+                               sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from machinery.plots import write_figure
 from machinery.run_folder import saved_checkpoint
+from machinery.statistics import scores_of
 from preference import load_reward_model, save_reward_model
 
 
@@ -96,8 +98,8 @@ def weigh(steps: list[Step], scores: list[float]) -> dict[str, float]:
             "answer": answer[-1] if answer else 0.0}
 
 
-def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict[str, dict[int, float]]:
-    """Share of puzzles solved by each way to choose one of N completions, N = 1, 2, 4, ... samples."""
+def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict[str, dict[int, list[float]]]:
+    """Of each puzzle the share of right choices, by each way to choose one of N completions, N = 1, 2, 4, ... samples."""
     curves = []
     for first in range(0, len(traces), samples):
         group = traces[first:first + samples]
@@ -107,7 +109,7 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
                 **{f"PRM, {way}": (best, own) for way, own in by.items()}}
         curves.append(choose_from_n([answer_value(trace.text, group[0].puzzle.numbers) for trace in group],
                                     group[0].puzzle.target, ways))
-    return mean_curves(curves)
+    return by_puzzle(curves)
 
 
 def rl_config(config: Config, folder: Path, arm: str, seed: int) -> train_countdown.Config:
@@ -162,26 +164,27 @@ def score_and_rerank(config: Config, folder, traces: dict[str, list[Trace]], noi
 
 def on_test_puzzles(config: Config, checkpoint) -> dict:
     model, tokenizer = load(checkpoint)
-    return evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
-        n=config.eval_n, max_new_tokens=config.max_new_tokens))[0]
+    table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
+        n=config.eval_n, max_new_tokens=config.max_new_tokens))
+    return table | evaluate.by_problem(records, 1)
 
 
 def collect(config: Config) -> dict:
     """The committed JSON."""
     folders = [seed_folder(config, seed) for seed in range(config.seeds)]
     scored = [{str(noise): piece(folder, f"scorer {noise}") for noise in NOISES} for folder in folders]
-    n = config.n * config.seeds  # different puzzles
-    scorers = {}
+    asked, scorers = names_of_test_puzzles(config.n, config.seeds), {}
     for noise in map(str, NOISES):
         scorers[noise] = {
             kind: {**{name: average([s[noise][kind][name] for s in scored])
                       for name in ("n", "accuracy", "majority_class", "calibration_error")},
                    "curve": scored[0][noise][kind]["curve"]} for kind in KINDS}
-        scorers[noise]["rerank"] = {way: {size: with_interval([s[noise]["rerank"][way][size] for s in scored], n)
-                                          for size in scored[0][noise]["rerank"][way]}
-                                    for way in scored[0][noise]["rerank"]}
+        scorers[noise]["rerank"] = measured_curves(asked, [s[noise]["rerank"] for s in scored])
+    clean = [s["0.0"]["rerank"] for s in scored]
+    judged = {size: paired(runs_of(asked, clean, "PRM, last", str(int(size) // 2)), runs_of(asked, clean, "majority", size))
+              for size in list(clean[0]["majority"])[1:]}  # at equal tokens: the scorer reads what the policy wrote
     parameters = sum(p.numel() for p in load(config.model)[0].parameters())
-    arms = {}
+    arms, outcome = {}, None
     for arm, (_, prm_weight, _) in ARMS.items():
         logs = [read_jsonl(Path(rl_config(config, folder, arm, seed).out) / "metrics.jsonl")
                 for seed, folder in enumerate(folders)]
@@ -202,13 +205,15 @@ def collect(config: Config) -> dict:
                 for name in ("prm_score", "prm_sum", "lines_that_reach", "lines", "completion_tokens", "truncated")}
         before, after = ([piece(folder, f"{name} on test puzzles") for folder in folders] for name in
                          ("base", Path(rl_config(config, folders[0], arm, 0).out).name))
-        arms[arm] = {"before": with_interval([table["pass@1"] for table in before], config.eval_n),
-                     "after": with_interval([table["pass@1"] for table in after], config.eval_n),
+        before_runs, after_runs = list(map(scores_of, before)), list(map(scores_of, after))
+        outcome = outcome or after_runs
+        arms[arm] = {"before": measured(before_runs), "after": measured(after_runs),
+                     "after - before": paired(after_runs, before_runs), "after - outcome": paired(after_runs, outcome),
                      **{f"{count}_numbers": average([table[f"pass@1_{count}_numbers"] for table in after])
                         for count in (3, 4)},
                      "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
-    return {"scorers": scorers, "arms": arms,
+    return {"scorers": scorers, "PRM of N / 2 - majority of N": judged, "arms": arms,
             "tokens_a_completion": average([s["0.0"]["tokens_a_completion"] for s in scored]),
             "train_steps": average([s["0.0"]["train_steps"] for s in scored])}
 
@@ -275,13 +280,14 @@ def table(record: dict) -> str:
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
         rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'], seeds=True)}",
+                     points(entry["after - outcome"]),
                      text(entry["3_numbers"]), text(entry["4_numbers"]),
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
                      text(last["lines_that_reach"]), f"{last['lines']['mean']:.1f}",
                      f"{last['completion_tokens']['mean']:.0f}", text(last["truncated"]),
                      f"{entry['tflops']['mean']:.2f}"])
-    reward = markdown(["GRPO on", "test pass@1 (seeds)", "3 numbers", "4 numbers", "scorer's probability of a line",
+    reward = markdown(["GRPO on", "test pass@1 (seeds)", "minus outcome alone", "3 numbers", "4 numbers", "scorer's probability of a line",
                        "its sum", "lines that reach the target", "lines", "tokens", "truncated", "TFLOPs"], rows)
     return f"{scorer}\n\n{choice}\n\n{reward}"
 
@@ -290,21 +296,23 @@ def verdict(record: dict) -> str:
     clean, arms = record["scorers"]["0.0"], record["arms"]
     half, most = list(clean["rerank"]["majority"])[-2:]
     chosen, voted = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
-    judge = {"worse than": "loses to voting", "no different from": "adds nothing to voting",
-             "better than": "beats voting"}[compared(chosen, voted)]
+    pair = record["PRM of N / 2 - majority of N"][most]
+    judge = {"worse": "loses to voting", "not told apart": "is not told apart from voting",
+             "better": "beats voting"}[pair["verdict"]]
     alone, both, outcome = arms["PRM alone, paid per line"], arms["outcome + PRM"], arms["outcome"]
     before, after = alone["first_step"]["prm_sum"]["mean"], alone["last_5_steps"]["prm_sum"]["mean"]
-    hacked = after > before and alone["after"]["high"] < alone["before"]["low"]
-    use = {"worse than": "harmful", "no different from": "useless", "better than": "useful"}[
-        compared(both["after"], outcome["after"])]
+    hacked = after > before and alone["after - before"]["verdict"] == "worse"
+    beside = both["after - outcome"]
     saved = outcome["tflops"]["mean"] / both["tflops"]["mean"]
     return (
         f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of the lines on test puzzles, with the "
-        f"best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)}. "
+        f"best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)} "
+        f"({points(pair)}). "
         f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
         f"completion's lines going {before:.2f} to {after:.2f} while test pass@1 goes "
-        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}, and {use} beside the outcome reward: "
-        f"{text(both['after'])} against {text(outcome['after'])} without it for {saved:.0%} of the compute.")
+        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}. Beside the outcome reward it is "
+        f"{compared(beside)} none: {text(both['after'])} against {text(outcome['after'])} for {saved:.0%} of the compute "
+        f"({points(beside)}).")
 
 
 def main() -> None:

@@ -9,17 +9,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from countdown import Puzzle, sample_puzzles
+from countdown import Puzzle, key, sample_puzzles
 from evaluate import pass_at_k
+from experiments.study import measured
 from machinery.batching import micro_batches
 from machinery.checkpoints import load
 from machinery.optimizer import MasterAdamW, clip_gradients
+from machinery.statistics import Scores, name_problems
 from preference import RewardModel
 
 
 def test_puzzles(n: int, seed: int) -> list[Puzzle]:
     """n test puzzles; different seeds take different ones, as long as the level has them."""
     return sample_puzzles((seed + 1) * n, split="test", seed=0)[seed * n:]
+
+
+def names_of_test_puzzles(n: int, seeds: int) -> list[str]:
+    return [name_problems(map(key, test_puzzles(n, seed))) for seed in range(seeds)]
 
 
 def train_scorer(model: str, examples: list[tuple], *, epochs: int, learning_rate: float, seed: int, what: str):
@@ -104,7 +110,16 @@ def choose_from_n(values: list, target: int, ways: dict[str, tuple]) -> dict[str
     return curves | {"pass@N": {size: pass_at_k(len(values), right, size) for size in sizes}}
 
 
-def mean_curves(curves: list[dict]) -> dict:
-    """{way: {N: share}} of each puzzle -> the mean over puzzles."""
-    return {way: {size: sum(one[way][size] for one in curves) / len(curves) for size in curves[0][way]}
-            for way in curves[0]}
+def by_puzzle(curves: list[dict]) -> dict[str, dict[int, list[float]]]:
+    """{way: {N: share}} of each puzzle -> {way: {N: a share of each puzzle}}."""
+    return {way: {size: [one[way][size] for one in curves] for size in curves[0][way]} for way in curves[0]}
+
+
+def measured_curves(problems: list[str], tables: list[dict]) -> dict:
+    """{way: {N: a share of each puzzle}} of each seed, and which puzzles each was asked -> means with intervals."""
+    return {way: {size: measured(runs_of(problems, tables, way, size)) for size in sizes}
+            for way, sizes in tables[0].items()}
+
+
+def runs_of(problems: list[str], tables: list[dict], way: str, size) -> list[Scores]:
+    return [Scores(name, table[way][size]) for name, table in zip(problems, tables)]

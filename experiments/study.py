@@ -22,7 +22,7 @@ from machinery.data import fingerprint
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_json, write_whole
 from machinery.stages import Stage, check_stages, run_stage
-from machinery.statistics import wilson_interval
+from machinery.statistics import Scores, difference, share
 from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
@@ -118,12 +118,15 @@ def minutes(folder: Path) -> float:
     return sum(record.get("minutes", 0.0) for record in records)
 
 
-def with_interval(values: list[float], n: int) -> dict:
-    """The mean over seeds of a share of n puzzles, its 95% Wilson interval, and the seeds' own values. The interval is
-    that of drawing n puzzles; how much training runs differ is seen in the seeds."""
-    mean = sum(values) / len(values)
-    low, high = wilson_interval(mean, n)
-    return {"mean": mean, "low": low, "high": high, "seeds": values, "n": n}
+def measured(runs: list[Scores]) -> dict:
+    """A share of puzzles: the mean over seeds, its 95% interval over puzzles and seeds, and the seeds' own values."""
+    return share(runs)._asdict()
+
+
+def paired(a: list[Scores], b: list[Scores]) -> dict:
+    """a minus b, puzzle by puzzle and seed by seed, with its 95% interval and what that says."""
+    own = difference(a, b)
+    return own._asdict() | {"verdict": own.verdict()}
 
 
 def average(values: list[float]) -> dict:
@@ -149,9 +152,13 @@ def text(entry: dict, interval: bool = True, seeds: bool = False) -> str:
     return f"{entry['mean']:.1%}"
 
 
-def compared(a: dict, b: dict) -> str:
-    """Two shares in a word; their 95% intervals have to part."""
-    return "better than" if a["low"] > b["high"] else "worse than" if a["high"] < b["low"] else "no different from"
+def points(pair: dict) -> str:
+    return f"{100 * pair['mean']:+.1f} points, {100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
+
+
+def compared(pair: dict) -> str:
+    """A paired difference, to stand before what it is compared with."""
+    return {"better": "better than", "worse": "worse than", "not told apart": "not told apart from"}[pair["verdict"]]
 
 
 def draw_shares(axis, entries: dict, cost: float, colour: str, label: str, style: str = "-") -> None:

@@ -102,7 +102,7 @@ class Search:
 def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[float], width: int, explore: float,
            seed: int, what: str) -> tuple[list[Search], dict]:
     """One tree a puzzle, all in step: each round every tree selects a node, the policy writes lines below all of them at
-    once, and value_of(token rows) judges these. -> the trees, and for each budget (tokens) the share that answers right.
+    once, and value_of(token rows) judges these. -> the trees, and {way: {budget in tokens: is each puzzle answered right?}}.
 
     A result belongs to a budget as long as no token beyond it was spent."""
     ends = end_tokens(model, tokenizer)
@@ -134,7 +134,7 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
     bar.close()
     for i, tree in enumerate(searches):
         record(i, tree.choose(), math.inf)
-    table = {way: {budget: sum(result[budget][way] for result in results) / len(results) for budget in budgets}
+    table = {way: {budget: [float(result[budget][way]) for result in results] for budget in budgets}
              for way in ("best value", "vote", "found")}
     table["stuck"] = sum(tree.spent < max(budgets) for tree in searches) / len(searches)
     return searches, table

@@ -14,6 +14,7 @@ out. So a comparison is always difference(), and it is told apart where its inte
 """
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -97,12 +98,21 @@ def difference(a: list[Scores], b: list[Scores], resamples: int = RESAMPLES) -> 
                     resamples)
 
 
+def name_problems(keys) -> str:
+    """Which problems these are, and in which order."""
+    return hashlib.sha256("\n".join(map(str, keys)).encode()).hexdigest()[:16]
+
+
+def scores_of(table: dict) -> Scores:
+    """Of what evaluate.py --json writes."""
+    return Scores(table["problems"], [right / table["samples"] for right in table["right"]])
+
+
 def read_scores(path) -> Scores:
-    """Of a file of evaluate.py --json."""
     table = json.loads(Path(path).read_text(encoding="utf-8"))
     if "right" not in table:
         raise ValueError(f"got {path} without each problem's result, expected a file of evaluate.py --json; make it again")
-    return Scores(table["problems"], [right / table["samples"] for right in table["right"]])
+    return scores_of(table)
 
 
 def main() -> None:

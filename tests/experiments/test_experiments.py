@@ -18,7 +18,7 @@ import evaluate
 import sft
 import train_countdown
 from countdown import Puzzle, answer_value, fill_template, make_prompt, question, sample_puzzle, split_of, vote
-from machinery.statistics import wilson_interval
+from machinery.statistics import Scores
 from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
 from sampling import Completion
 
@@ -152,9 +152,9 @@ def test_rerank_by_hand():
     steps = [line_rewards.Step(0, "line", 1.0), line_rewards.Step(1, "answer", 1.0)]
     traces = [line_rewards.Trace(PUZZLE, [1], [1, 2], text, steps) for text in (right, wrong, wrong, right)]
     ways = prm.rerank(traces, [[0.9, 0.9], [0.1, 0.1], [0.5, 0.5], [0.2, 0.2]], 4)
-    assert dict(ways["PRM, last"]) == {1: 0.5, 2: 0.5, 4: 1.0}
-    assert dict(ways["majority"]) == {1: 0.5, 2: 0.5, 4: 1.0}  # ties go to the first
-    assert dict(ways["pass@N"]) == {1: 0.5, 2: pytest.approx(5 / 6), 4: 1.0}
+    assert ways["PRM, last"] == {1: [0.5], 2: [0.5], 4: [1.0]}  # of the one puzzle
+    assert ways["majority"] == {1: [0.5], 2: [0.5], 4: [1.0]}  # ties go to the first
+    assert ways["pass@N"] == {1: [0.5], 2: [pytest.approx(5 / 6)], 4: [1.0]}
 
 
 # --------------------------------------------------------------------------------------------- rewards of single lines
@@ -244,7 +244,7 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
                                what="test")
     assert all(one.spent >= 2000 or one.next_leaf(1.0) is None for one in trees)
     assert table["stuck"] == sum(one.spent < 2000 for one in trees) / 3
-    assert table["found"][10] == 0.0 and set(table) == {"best value", "vote", "found", "stuck"}
+    assert table["found"][10] == [0.0] * 3 and set(table) == {"best value", "vote", "found", "stuck"}
     again, table_again = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0,
                                      seed=0, what="test")
     assert table == table_again and [one.spent for one in trees] == [one.spent for one in again]
@@ -329,16 +329,19 @@ def test_a_piece_is_computed_once(tmp_path):
         study.piece(tmp_path, "never made")
 
 
-def test_a_share_has_the_interval_of_one_seed():
-    entry = study.with_interval([0.4, 0.6], 100)
-    assert (entry["low"], entry["high"]) == wilson_interval(0.5, 100)
-    assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and study.text(entry) == "50.0% (40.4% to 59.6%)"
+def test_a_share_says_its_seeds_and_an_interval_over_both():
+    """Seeds at 40% and 60% of 100 puzzles: two of them leave everything open, which puzzles alone would not say."""
+    entry = study.measured([Scores("a", [1.0] * right + [0.0] * (100 - right)) for right in (40, 60)])
+    assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and entry["low"] < 0.1 and entry["high"] > 0.9
+    assert study.text({**entry, "low": 0.404, "high": 0.596}) == "50.0% (40.4% to 59.6%)"
 
 
 @pytest.mark.parametrize("a, b, words", (
-    (0.9, 0.5, "better than"), (0.5, 0.9, "worse than"), (0.5, 0.55, "no different from")))
-def test_shares_differ_where_their_intervals_part(a, b, words):
-    assert study.compared(study.with_interval([a], 100), study.with_interval([b], 100)) == words
+    ([1, 1, 1, 1, 0] * 20, [1, 1, 1, 0, 0] * 20, "better than"), ([0] * 100, [1, 0] * 50, "worse than"),
+    ([1, 0] * 50, [0, 1] * 50, "not told apart from")))
+def test_arms_are_compared_puzzle_by_puzzle(a, b, words):
+    pair = study.paired([Scores("same", a)], [Scores("same", b)])
+    assert study.compared(pair) == words and study.points(pair).startswith(f"{sum(a) - sum(b):+}.0 points, ")
 
 
 def run(study_name, *flags):
