@@ -26,7 +26,7 @@ from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_json
 from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
-from machinery.text import check_style_fits, opened_thinking
+from machinery.text import check_numbers, check_style_fits, opened_thinking
 from rewards import REFLECTION_WORDS, WORD, chain_of_thought, language_counts, language_reward
 from sampling import complete
 from tasks.general import draw_sum, is_good, needless_thinking, small_talk
@@ -168,6 +168,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     prompts = [task.prompt(problem, config.style, tokenizer, examples) for problem in problems]
     settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
                     slots=config.slots)
+    check_numbers(tokenizer, prompts, config.style)
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],

@@ -149,7 +149,7 @@ def verdict(record: dict) -> str:
 
 
 def main() -> None:
-    config = begin(Config, __doc__, QUICK)
+    config = begin(Config, __doc__, QUICK, levels=("three",))
     go_on = "python -m experiments.few_shot"
     run_stages(Path(config.out) / "base", base_stages(config), go_on)
     for seed in seeds_to_run(config):

@@ -176,7 +176,7 @@ def verdict(record: dict) -> str:
 
 
 def main() -> None:
-    config = begin(Config, __doc__, QUICK)
+    config = begin(Config, __doc__, QUICK, levels=tuple(LEVELS))
     for seed in seeds_to_run(config):
         folder = seed_folder(config, seed)
         run_stages(folder, training(config, seed), "python -m experiments.harder")

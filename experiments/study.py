@@ -17,19 +17,22 @@ import torch
 from matplotlib.ticker import PercentFormatter
 from tqdm import tqdm
 
-from countdown import make_prompt
+from countdown import make_prompt, sample_puzzles
+from machinery.checkpoints import read_hf_config
 from machinery.data import fingerprint
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_json, write_whole
 from machinery.stages import Stage, check_stages, run_stage
 from machinery.statistics import Scores, difference, share
+from machinery.text import check_room, read_tokenizer
 from sampling import complete
 
 RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
 
 
-def begin(config_class, doc: str, quick: dict):
-    """Flags -> config, with the values of quick under --quick. Ends in one line where OUT holds other settings."""
+def begin(config_class, doc: str, quick: dict, levels: tuple[str, ...] = ("laptop",)):
+    """Flags -> config, with the values of quick under --quick. Ends in one line where OUT holds other settings, and where
+    the model cannot read the test puzzles of these levels, or there are fewer than are asked for."""
     config = parse_config(config_class, doc)
     if config.quick:
         config = replace(config, out=f"{config.out}-quick", **quick)
@@ -42,6 +45,11 @@ def begin(config_class, doc: str, quick: dict):
                 raise ValueError(f"got {name} {value}, expected more than 0")
         if "/" in settings["model"] and not Path(settings["model"]).is_dir():
             raise FileNotFoundError(f"got model {settings['model']}, but there is no such directory")
+        directory = Path(settings["model"])
+        for level in levels if directory.is_dir() else ():
+            puzzles = sample_puzzles(settings.get("n") or settings["eval_n"], level=level, split="test", seed=0)
+            check_room(read_tokenizer(directory), list(map(make_prompt, puzzles)), "tiny", config.max_new_tokens,
+                       read_hf_config(directory).max_position_embeddings)
         settings |= {f"{name} weights": fingerprint(value) for name, value in settings.items()
                      if isinstance(value, str) and Path(value).is_dir()}
         path = Path(config.out) / "config.json"

@@ -92,16 +92,22 @@ def read_tokenizer(directory: Path, vocab_size: float = math.inf):
 
 
 def check_room(tokenizer, prompts: list[str], style: str, max_new_tokens: int, context: int) -> None:
-    """Raises ValueError where the longest prompt and a completion are more than the context holds, and for numbers that a
-    tiny model never read."""
+    """Raises ValueError where the longest prompt and a completion are more than the context holds; and check_numbers()."""
+    check_numbers(tokenizer, prompts, style)
     longest = max(map(len, encode_prompts(tokenizer, prompts, style)))
-    if tokenizer.unk_token == TINY_UNKNOWN and style == "tiny" and (
-            large := max((int(number) for prompt in prompts for number in re.findall("[0-9]{3,9}", prompt)), default=0)) > 100:
-        raise ValueError(f"got a prompt with the number {large}, but the tiny models read no number above 100; expected "
-                         "another --level, or another --model")
     if longest + max_new_tokens > context:
         raise ValueError(f"got prompts of up to {longest} tokens and max_new_tokens {max_new_tokens}, together more than the "
                          f"model's context of {context}; lower --max-new-tokens")
+
+
+def check_numbers(tokenizer, prompts: list[str], style: str) -> None:
+    """Raises ValueError for numbers that a tiny model never read: above 100, and those that its vocabulary lacks."""
+    if tokenizer.unk_token == TINY_UNKNOWN and style == "tiny":
+        largest = max(n for n in range(101) if tokenizer.unk_token_id not in tokenizer(str(n))["input_ids"])
+        asked = max((int(number) for prompt in prompts for number in re.findall("[0-9]{1,9}", prompt)), default=0)
+        if asked > largest:
+            raise ValueError(f"got a prompt with the number {asked}, but this tiny model read no number above {largest}; "
+                             "expected another --level, or another --model")
 
 
 def opened_thinking(prompt: str) -> str:

@@ -21,6 +21,7 @@ import evaluate
 import sft
 import train_countdown
 from conftest import TINY
+from experiments import harder
 from machinery import run_folder
 from machinery.checkpoints import load, save
 from machinery.data import read_jsonl
@@ -357,6 +358,21 @@ def test_a_level_that_cannot_be_asked_is_refused(script, flags, says, base, refu
     monkeypatch.setitem(countdown.LEVELS, "hundreds", countdown.Level((1,), 120, (101, 120)))
     where = () if script is evaluate else ("--out", tmp_path / "run")
     refused(script, "--model", base, *flags, *where, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, level", ((evaluate, "hundred"), (train_countdown, "hundred"), (harder, "")))
+def test_a_level_that_the_base_s_vocabulary_cannot_write_is_refused(script, level, base, refused, tmp_path):
+    """A base whose numbers end at 60, as those of an earlier corpus did. Levels below that are no matter."""
+    old = shutil.copytree(base, tmp_path / "old")
+    tokenizer = json.loads((old / "tokenizer.json").read_text())
+    for number in range(61, 101):
+        del tokenizer["model"]["vocab"][str(number)]
+    (old / "tokenizer.json").write_text(json.dumps(tokenizer))
+    small = ("--level", level, "--max-new-tokens", 40) if level else ("--n", 20)
+    where = () if script is evaluate else ("--out", tmp_path / "run")
+    refused(script, "--model", old, *small, *where,
+            says=("got a prompt with the number 100", "read no number above 60", "another --level"))
     assert not (tmp_path / "run").exists()
 
 
