@@ -215,6 +215,8 @@ def main() -> None:
             found = {pattern: sorted(glob.glob(pattern)) for pattern in args.runs}
             if empty := [pattern for pattern, runs in found.items() if not runs]:
                 parser.error(f"got {empty[0]!r}, which matches no run folder")
+            if max(map(len, found.values())) == 1:
+                parser.error("got one run a pattern, expected several of at least one: one run has no spread; drop --mean")
             print(plot_lines({f"{Path(pattern).name}: {len(runs)} run{'s' * (len(runs) > 1)}": list(map(read_metrics, runs))
                               for pattern, runs in found.items()}, args.out))
         else:

@@ -11,6 +11,7 @@ out. So a comparison is always difference(), and it is told apart where its inte
     python -m machinery.statistics a.json                              # of evaluate.py --json
     python -m machinery.statistics a0.json a1.json a2.json             # three seeds of one arm
     python -m machinery.statistics a0.json a1.json --against b0.json b1.json
+    python -m machinery.statistics a0.json a1.json a2.json --column completion_tokens   # what has no right and wrong
 """
 
 import argparse
@@ -53,7 +54,7 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     """95% interval of the mean of what seeds gave (Student 1908). With more than ten seeds it is that of ten, a little
     too wide. Raises ValueError for fewer than two."""
     if len(values) < 2:
-        raise ValueError(f"got {len(values)} seed, expected at least 2: one run has no spread; ask for more with --seeds")
+        raise ValueError(f"got {len(values)} seed, expected at least 2: one run has no spread; run more seeds")
     width = T_975[min(len(values), len(T_975) + 1) - 2] * np.std(values, ddof=1) / math.sqrt(len(values))
     return float(np.mean(values) - width), float(np.mean(values) + width)
 
@@ -108,27 +109,50 @@ def scores_of(table: dict) -> Scores:
     return Scores(table["problems"], [right / table["samples"] for right in table["right"]])
 
 
-def read_scores(path) -> Scores:
+def read_table(path, name: str) -> dict:
     table = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "right" not in table:
-        raise ValueError(f"got {path} without each problem's result, expected a file of evaluate.py --json; make it again")
-    return scores_of(table)
+    if name not in table:
+        raise ValueError(f"got {path} without {name!r}, expected a file of evaluate.py --json that has it; make it again")
+    return table
+
+
+def read_scores(path) -> Scores:
+    return scores_of(read_table(path, "right"))
+
+
+def show(files: list[str], against: list[str]) -> None:
+    a, b = list(map(read_scores, files)), list(map(read_scores, against))
+    for runs in (a, b)[:1 + bool(b)]:
+        own, over = share(runs), "problems" if len(runs) == 1 else "problems and seeds"
+        print(f"pass@1 {own.mean:.1%} (95% interval over {over} {own.low:.1%} to {own.high:.1%}; seeds "
+              f"{', '.join(f'{seed:.1%}' for seed in own.seeds)}; n = {len(runs[0].values)} problems)")
+    if b:
+        own = difference(a, b)
+        print(f"difference {100 * own.mean:+.1f} points ({100 * own.low:+.1f} to {100 * own.high:+.1f}): {own.verdict()}")
+
+
+def show_column(files: list[str], against: list[str], column: str) -> None:
+    a, b = ([read_table(path, column)[column] for path in paths] for paths in (files, against))
+    if b and len(a) != len(b):
+        raise ValueError(f"got {len(a)} and {len(b)} seeds, expected as many of both arms: they are compared in pairs")
+    for name, values in ((column, a), (column, b), ("difference", [x - y for x, y in zip(a, b)])):
+        if values:
+            low, high = t_interval(values)
+            print(f"{name} {np.mean(values):.4g} (95% t-interval over seeds {low:.4g} to {high:.4g}; seeds "
+                  f"{', '.join(f'{value:.4g}' for value in values)})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evaluations", nargs="+", help="files of evaluate.py --json, a seed each")
     parser.add_argument("--against", nargs="+", default=[], help="those of another arm, seeds in the same order")
+    parser.add_argument("--column", default="", help="any number of these files; over seeds alone")
     args = parser.parse_args()
     try:
-        a, b = list(map(read_scores, args.evaluations)), list(map(read_scores, args.against))
-        for runs in (a, b)[:1 + bool(b)]:
-            own = share(runs)
-            print(f"pass@1 {own.mean:.1%} (95% interval {own.low:.1%} to {own.high:.1%}; seeds "
-                  f"{', '.join(f'{seed:.1%}' for seed in own.seeds)}; n = {len(runs[0].values)} problems)")
-        if b:
-            own = difference(a, b)
-            print(f"difference {100 * own.mean:+.1f} points ({100 * own.low:+.1f} to {100 * own.high:+.1f}): {own.verdict()}")
+        if args.column:
+            show_column(args.evaluations, args.against, args.column)
+        else:
+            show(args.evaluations, args.against)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

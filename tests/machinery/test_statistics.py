@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from machinery import statistics
+from conftest import ROOT
+from machinery import plots, statistics
 from machinery.statistics import Estimate, Scores, difference, interval, t_interval, wilson_interval
 
 
@@ -42,8 +43,14 @@ def test_student_by_hand():
 
 
 def test_one_run_has_no_spread():
-    with pytest.raises(ValueError, match="got 1 seed, expected at least 2: .*--seeds"):
+    with pytest.raises(ValueError, match="got 1 seed, expected at least 2: .*run more seeds"):
         t_interval([0.5])
+
+
+def test_a_picture_of_a_mean_wants_several_runs(refused, tmp_path):
+    refused(plots, "--mean", ROOT / "docs" / "quickstart" / "seed0", "--out", tmp_path / "mean.png",
+            says=("got one run a pattern", "expected several"))
+    assert not (tmp_path / "mean.png").exists()
 
 
 def test_of_one_seed_the_interval_is_that_of_a_share():
@@ -124,14 +131,25 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["statistics", str(tmp_path / "old.json")])
     with pytest.raises(SystemExit) as stop:
         statistics.main()
-    assert stop.value.code == 2 and "old.json without each problem's result" in capsys.readouterr().err
+    assert stop.value.code == 2 and "old.json without 'right'" in capsys.readouterr().err
 
 
 def test_files_of_the_evaluator_are_compared(tmp_path, capsys, monkeypatch):
     for name, right in (("a", [4, 4, 2, 0]), ("b", [2, 0, 0, 0])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"problems": "x", "samples": 4, "right": right}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"problems": "x", "samples": 4, "right": right,
+                                                           "tokens": sum(right) * 10}))
     monkeypatch.setattr("sys.argv", ["statistics", str(tmp_path / "a.json"), "--against", str(tmp_path / "b.json")])
     statistics.main()
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("pass@1 62.5%") and said[1].startswith("pass@1 12.5%")
     assert said[2].startswith("difference +50.0 points (+12.5 to +87.5): better")
+
+    def column(*files):
+        monkeypatch.setattr("sys.argv", ["statistics", *(str(tmp_path / f"{file}.json") for file in files), "--column",
+                                         "tokens"])
+        statistics.main()
+    column("a", "b")  # 100 and 20: 60 -+ 12.706 * 80 / sqrt(2) / sqrt(2)
+    assert capsys.readouterr().out == "tokens 60 (95% t-interval over seeds -448.2 to 568.2; seeds 100, 20)\n"
+    with pytest.raises(SystemExit):
+        column("a")
+    assert "got 1 seed, expected at least 2" in capsys.readouterr().err
