@@ -2,13 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
 from machinery import plots, statistics
 from machinery.statistics import Estimate, Scores, difference, interval, t_interval, wilson_interval
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def runs(*seeds, problems="the same"):
