@@ -14,18 +14,20 @@ The loss is the cross-entropy of sft.completion_losses on the teacher's text, th
 --logits the KL(teacher || student) of machinery/batching.teacher_kl. What is here is the list of commands.
 
     python distill.py --teacher runs/r1/seed0/rl-all/checkpoint             # that of r1.py
+    python distill.py --seeds 3                                             # seeds 0, 1 and 2, and means over them
     python distill.py --data traces.jsonl --out runs/distill-mine           # any JSONL of prompt and completion
     python distill.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --style chat --device cuda ...
 
-The last lines are a table: pass@1 with its interval, tokens, minutes, and compute in TFLOPs (2 a parameter and
-completion token read or written, 6 where it is trained on; the teacher's writing counts, its own training does not).
+The last lines are a table: pass@1 with its interval (machinery/statistics.py), tokens, minutes, and compute in TFLOPs
+(2 a parameter and completion token read or written, 6 where it is trained on; the teacher's writing counts, its own
+training does not).
 Each stage is skipped when it is done (machinery/stages.py), so an interrupted comparison goes on with the same command.
 """
 
 import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one line)
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
 from machinery.run_folder import write_whole
 from machinery.stages import Stage, check_stages, read_record, run_stage
+from machinery.statistics import read_scores, share
 from machinery.tasks import find_tasks, shares
 from machinery.text import read_tokenizer
 from model import Model
@@ -68,11 +71,14 @@ class Config:
     eval_samples: int = 4            # completions of each
     dtype: str = "float32"           # what the models compute in: float32 or bfloat16
     seed: int = 0                    # problems, sampling, order of the data
+    seeds: int = 1                   # so many of them, from seed on; each has its folder OUT/seed0, OUT/seed1, ...
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
         find_tasks(self.task, self.level, "", self.style)
         check_dtype(self.dtype)
+        if self.seeds < 1:
+            raise ValueError(f"got seeds {self.seeds}, expected at least 1")
         if self.logits and self.data:
             raise ValueError("got --logits with --data, expected --teacher: only a model has logits")
 
@@ -176,23 +182,39 @@ def results(config: Config) -> dict[str, dict]:
                    "flops": flops.get(name, 0.0)} for name, value in total.items()}
 
 
+def mean_table(configs: list[Config]) -> dict[str, dict]:
+    """results() of all seeds: means, pass@1's interval over problems and seeds, and the seeds' own pass@1."""
+    tables, mean = [results(config) for config in configs], {}
+    for name in tables[0]:
+        own = share([read_scores(Path(config.out) / f"eval-{name}.json") for config in configs])
+        mean[name] = {column: sum(table[name][column] for table in tables) / len(tables)
+                      for column, value in tables[0][name].items() if isinstance(value, (int, float))}
+        mean[name] |= {"pass@1": own.mean, "pass@1_low": own.low, "pass@1_high": own.high, "seeds": own.seeds}
+    return mean
+
+
 def main() -> None:
     config = parse_config(Config, __doc__)
-    stages = student_stages(config)
+    configs = [config] if config.seeds == 1 else [
+        replace(config, seeds=1, seed=seed, out=f"{config.out}/seed{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)]
     with bad_input_exits():
         check_device(config.device)
         if config.logits:  # said before an hour of work, not after it
             student, teacher = (read_tokenizer(find_directory(name)) for name in (config.student, config.teacher))
             check_same_tokenizer(student, teacher, SftConfig(model=config.student, teacher=config.teacher))
-        check_stages(stages)
+        check_stages(student_stages(configs[0]))
         check_beforehand(config, 0 if config.data else config.n, "" if config.data else config.teacher)
-        for stage in stages:
-            run_stage(Path(config.out), stage, stages, "the same command")
-        table = results(config)
-    print(f"\n{'':>14}  pass@1 (95% interval)      tokens  minutes  TFLOPs")
+        for own in configs:
+            stages = student_stages(own)
+            for stage in stages:
+                run_stage(Path(own.out), stage, stages, "the same command")
+        table = mean_table(configs)
+    print(f"\n{'':>14}  pass@1 (95% interval)      tokens  minutes  TFLOPs  seeds")
     for name, row in table.items():
         print(f"{name:>14}  {row['pass@1']:6.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%})  "
-              f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e12:7.2f}")
+              f"{row['completion_tokens']:8.0f} {row['minutes']:8.1f} {row['flops'] / 1e12:7.2f}  "
+              + " ".join(f"{seed:.1%}" for seed in row["seeds"]))
     write_whole(Path(config.out) / "table.json", json.dumps(table, indent=2) + "\n")
 
 

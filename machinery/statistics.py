@@ -112,7 +112,7 @@ def scores_of(table: dict) -> Scores:
 def read_table(path, name: str) -> dict:
     table = json.loads(Path(path).read_text(encoding="utf-8"))
     if name not in table:
-        raise ValueError(f"got {path} without {name!r}, expected a file of evaluate.py --json that has it; make it again")
+        raise ValueError(f"got {path} without {name!r}; expected a file of evaluate.py --json that has it; make it again")
     return table
 
 

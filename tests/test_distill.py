@@ -128,17 +128,21 @@ def test_a_student_of_the_other_family_learns_from_text_and_not_from_logits(base
     assert not (tmp_path / "logits").exists()
     flags = ("--data", traces(tmp_path / "traces.jsonl"), "--student", llama, "--out", tmp_path / "run", "--eval-n", 8,
              "--eval-samples", 1, "--max-new-tokens", 8, "--rl-steps", 1, "--after-steps", 1, "--rl-flags",
-             "--batch-size 8 --group-size 4", "--batch-tokens", 300, "--sft-learning-rate", 1e-2)
+             "--batch-size 8 --group-size 4", "--batch-tokens", 300, "--sft-learning-rate", 1e-2, "--seeds", 2)
+    refused(distill, *flags[:-1], 0, says=("got seeds 0, expected at least 1",))
     monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
     distill.main()
-    losses = [row["held_out_loss"] for row in read_jsonl(tmp_path / "run" / "distill" / "metrics.jsonl") if
+    losses = [row["held_out_loss"] for row in read_jsonl(tmp_path / "run" / "seed0" / "distill" / "metrics.jsonl") if
               "held_out_loss" in row]
     assert losses[-1] < 0.8 * math.log(172)
-    _, tokenizer = load(checkpoint := tmp_path / "run" / "distill" / "checkpoint")
+    _, tokenizer = load(checkpoint := tmp_path / "run" / "seed1" / "distill" / "checkpoint")
     assert read_hf_config(checkpoint).model_type == "llama"
     assert tokenizer.get_vocab() == corpus.build_tokenizer(digits=True).get_vocab()
-    assert set(json.loads((tmp_path / "run" / "table.json").read_text())) == {"student-base", "distill", "student-rl",
-                                                                             "distill-rl"}
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert set(table) == {"student-base", "distill", "student-rl", "distill-rl"}
+    rows = [json.loads((tmp_path / "run" / f"seed{seed}" / "eval-distill.json").read_text()) for seed in (0, 1)]
+    assert table["distill"]["seeds"] == [row["pass@1"] for row in rows] and table["distill"]["completion_tokens"] == (
+        rows[0]["completion_tokens"] + rows[1]["completion_tokens"]) / 2
 
 
 def test_logits_need_a_teacher_not_its_text(refused, tmp_path):
