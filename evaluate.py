@@ -14,7 +14,6 @@ DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 
 """
 
 import math
-import os
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
-from machinery.run_folder import write_json
+from machinery.run_folder import check_new_file, write_json
 from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
 from machinery.text import check_numbers, check_style_fits, opened_thinking
@@ -218,13 +217,7 @@ def print_table(table: dict, split: str) -> None:
 def main() -> None:
     config = parse_config(Config, __doc__)
     with bad_input_exits():
-        if config.json and Path(config.json).exists():
-            raise FileExistsError(f"got --json {config.json}, which exists and is never overwritten; name another file")
-        if config.json and not Path(config.json).parent.is_dir():
-            raise FileNotFoundError(f"got --json {config.json}, but there is no folder {Path(config.json).parent}; "
-                                    "make it first")
-        if config.json and not os.access(Path(config.json).parent, os.W_OK):
-            raise PermissionError(f"got --json {config.json}, but {Path(config.json).parent} cannot be written to")
+        check_new_file("--json", config.json)
         model, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
         check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         table, records = evaluate(model.eval(), tokenizer, config)

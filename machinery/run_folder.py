@@ -44,6 +44,16 @@ def check_free(out) -> None:
         raise PermissionError(f"got output folder {run}, but {above} cannot be written to; name another one with --out")
 
 
+def check_new_file(flag: str, path: str) -> None:
+    """Raises OSError where a table could not be written after the work. "" stands for no file."""
+    if path and Path(path).exists():
+        raise FileExistsError(f"got {flag} {path}, which exists and is never overwritten; name another file")
+    if path and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"got {flag} {path}, but there is no folder {Path(path).parent}; make it first")
+    if path and not os.access(Path(path).parent, os.W_OK):
+        raise PermissionError(f"got {flag} {path}, but {Path(path).parent} cannot be written to")
+
+
 def append_jsonl(path: Path, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
