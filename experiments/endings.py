@@ -20,12 +20,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from countdown import LEVELS, SPLITS, Puzzle, make_prompt, sample_puzzles
+from countdown import LEVELS, SPLITS, Puzzle, key, make_prompt, sample_puzzles
 from experiments.line_rewards import still_reaches
 from experiments.study import markdown, sample_groups
 from machinery.checkpoints import find_directory, load
 from machinery.flags import bad_input_exits
 from machinery.run_folder import check_new_file, write_json
+from machinery.statistics import name_problems
 from machinery.text import check_numbers
 from rewards import chain_of_thought, extract_answer, verify
 
@@ -55,23 +56,27 @@ def in_circles(text: str) -> bool:
 
 
 def measure(checkpoint, puzzles: list[Puzzle], *, samples: int = 4, max_new_tokens: int = 1024, seed: int = 0) -> dict:
-    """{3: {ending: share of the completions of puzzles with three numbers, ...}, 4: ...}"""
+    """{"endings": {3: {ending: share of the completions of puzzles with three numbers, ...}, 4: ...}, ...}, and for
+    machinery.statistics.scores_of() how many completions of each puzzle are right."""
     model, tokenizer = load(checkpoint)
     check_numbers(tokenizer, list(map(make_prompt, puzzles)), "tiny")
     groups = sample_groups(model.eval(), tokenizer, puzzles, samples, max_new_tokens, seed, str(checkpoint))
-    counts = {}
+    counts, right = {}, []
     for puzzle, rows in zip(puzzles, groups):
+        kinds = [ending(text, puzzle, completion.truncated) for _, completion, text in rows]
+        right.append(kinds.count("right"))
         own = counts.setdefault(len(puzzle.numbers), Counter())
-        for _, completion, text in rows:
-            own[kind := ending(text, puzzle, completion.truncated)] += 1
-            own["in circles"] += kind == "cut off" and in_circles(text)
-    return {numbers: {kind: own[kind] / sum(own[kind] for kind in ENDINGS) for kind in (*ENDINGS, "in circles")}
-            for numbers, own in sorted(counts.items())}
+        own.update(kinds)
+        own["in circles"] += sum(in_circles(text) for kind, (_, _, text) in zip(kinds, rows) if kind == "cut off")
+    return {"problems": name_problems(map(key, puzzles)), "samples": samples, "right": right,
+            "tokens": sum(len(completion.token_ids) for rows in groups for _, completion, _ in rows) / samples / len(puzzles),
+            "endings": {numbers: {kind: own[kind] / sum(own[kind] for kind in ENDINGS) for kind in (*ENDINGS, "in circles")}
+                        for numbers, own in sorted(counts.items())}}
 
 
 def table(found: dict[str, dict]) -> str:
     rows = [[checkpoint, numbers, *(f"{shares[kind]:.1%}" for kind in (*ENDINGS, "in circles"))]
-            for checkpoint, own in found.items() for numbers, shares in own.items()]
+            for checkpoint, own in found.items() for numbers, shares in own["endings"].items()]
     return markdown(["checkpoint", "numbers", *ENDINGS, "of it in circles"], rows)
 
 
@@ -91,7 +96,7 @@ def main() -> None:
         found = {str(name): measure(find_directory(name), puzzles, samples=args.samples, max_new_tokens=args.max_new_tokens)
                  for name in args.checkpoints}
         if args.json:
-            write_json(Path(args.json), {"command": vars(args), "endings": found})
+            write_json(Path(args.json), {"settings": vars(args), **found})
     print(table(found))
 
 

@@ -27,7 +27,7 @@ from machinery.statistics import Scores, difference, share
 from machinery.text import check_room, read_tokenizer
 from sampling import complete
 
-RUN_ONLY = ("out", "seeds", "seed", "arm")  # what does not change a seed's numbers
+RUN_ONLY = ("out", "seeds", "seed", "arm", "again")  # what does not change a seed's numbers
 
 
 def begin(config_class, doc: str, quick: dict, levels: tuple[str, ...] = ("laptop",)):

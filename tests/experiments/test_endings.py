@@ -47,9 +47,9 @@ def test_shares_of_all_endings_sum_to_one(base, tmp_path, monkeypatch, capfd, re
     flags = [str(base), "--n", "6", "--samples", "2", "--max-new-tokens", "30", "--json", str(tmp_path / "endings.json")]
     monkeypatch.setattr(sys, "argv", ["endings", *flags])
     endings.main()
-    found = json.loads((tmp_path / "endings.json").read_text())["endings"][str(base)]
-    assert set(found) == {"3", "4"}
-    for own in found.values():
+    found = json.loads((tmp_path / "endings.json").read_text())[str(base)]
+    assert set(found["endings"]) == {"3", "4"} and len(found["right"]) == 6
+    for own in found["endings"].values():
         assert sum(own[kind] for kind in endings.ENDINGS) == pytest.approx(1) and own["in circles"] <= own["cut off"]
     assert capfd.readouterr().out.splitlines()[0].startswith("| checkpoint | numbers | right | false yes |")
     refused(endings, *flags, says=("endings.json, which exists and is never overwritten",))

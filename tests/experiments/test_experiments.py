@@ -19,7 +19,7 @@ import sft
 import train_countdown
 from countdown import Puzzle, answer_value, fill_template, make_prompt, question, sample_puzzle, split_of, vote
 from machinery.statistics import Scores
-from experiments import aha, few_shot, line_rewards, mcts, prm, scorer, study, tree
+from experiments import aha, few_shot, line_rewards, longer, mcts, prm, scorer, study, tree
 from sampling import Completion
 
 ROOT = Path(study.__file__).parent.parent
@@ -359,9 +359,10 @@ def run(study_name, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", (*STUDIES, "harder"))
+@pytest.mark.parametrize("name", (*STUDIES, "harder", "longer"))
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
+    monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
     run(name, "--quick", "--out", tmp_path / "out")
     folder = tmp_path / "out-quick"
     results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
@@ -383,6 +384,7 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     refused(prm, "--steps", 0, "--out", tmp_path / "new", says=("got steps 0", "more than 0"))
     refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))
     refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
+    refused(longer, "--again", "none", "--out", tmp_path / "new", says=("got arm 'none'", "clip-higher"))
     assert not (tmp_path / "new").exists()
 
 
