@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 
 from countdown import answer_value, key, sample_puzzles
 from experiments.scorer import choose_from_n, powers_of_two, vote
-from experiments.study import (begin, finish, markdown, measured, paired, piece, points, run_stages, sample_groups,
-                               seed_folder, seeds_to_run, share_axis, text)
+from experiments.study import (begin, finish, has_pieces, markdown, measured, paired, piece, points,
+                               run_stages, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from machinery.plots import series, write_figure
@@ -179,7 +179,8 @@ def main() -> None:
     config = begin(Config, __doc__, QUICK, levels=tuple(LEVELS))
     for seed in seeds_to_run(config):
         folder = seed_folder(config, seed)
-        run_stages(folder, training(config, seed), "python -m experiments.harder")
+        if not has_pieces(folder, [f"{arm} {level}" for arm in ARMS for level in LEVELS]):
+            run_stages(folder, training(config, seed), "python -m experiments.harder")
         for arm in ARMS:
             for level in LEVELS:
                 piece(folder, f"{arm} {level}", lambda: measure(config, arm, level, seed))

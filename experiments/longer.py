@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 
 from countdown import sample_puzzles
 from experiments import endings
-from experiments.study import (begin, finish, markdown, measured, paired, piece, points, run_stages, seed_folder,
-                               seeds_to_run, share_axis, text)
+from experiments.study import (begin, finish, has_pieces, markdown, measured, paired, piece, points, run_stages,
+                               seed_folder, seeds_to_run, share_axis, text)
 from machinery.data import read_jsonl
 from machinery.plots import write_figure
 from machinery.stages import Stage
@@ -155,7 +155,8 @@ def main() -> None:
         for seed in seeds_to_run(config):
             if seed in seeds_of(config, arm):
                 folder = seed_folder(config, seed)
-                run_stages(folder, [stage(config, arm, seed)], "python -m experiments.longer")
+                if not has_pieces(folder, [arm]):
+                    run_stages(folder, [stage(config, arm, seed)], "python -m experiments.longer")
                 piece(folder, arm, lambda: measure(config, arm, seed))
     piece(seed_folder(config, 0), "base", lambda: measure(config, "base", 0))
     if config.seed < 0 and not config.arm:

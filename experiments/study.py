@@ -81,6 +81,11 @@ def piece(folder: Path, name: str, make=None):
     return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
+def has_pieces(folder: Path, names) -> bool:
+    """Whether all are there; then nobody needs the checkpoints that they were measured on."""
+    return all((folder / f"{name.replace(' ', '-')}.json").exists() for name in names)
+
+
 def wait_for(file) -> None:
     """Until no other process holds this open file; it lets go when it is closed, or dies."""
     try:
