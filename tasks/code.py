@@ -5,7 +5,7 @@
 
 Three more examples, which no prompt shows, say whether it is right: an answer that only repeats what it was shown
 (3 if x==1 else 5) fails on them. What the tiny base read of it (write_thinking) tries one function after the other and
-checks each on the examples. An answer is parsed into a syntax tree, of which only + - * and one `a if x==k else b` are
+checks each on the examples. An answer is parsed into a syntax tree, of which only + - * and `a if x==k else b` are
 computed; it is never run. Functions are split by a hash of their text. No torch in here.
 """
 
