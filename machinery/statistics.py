@@ -79,10 +79,10 @@ def interval(runs: list[Scores], resamples: int = RESAMPLES) -> Estimate:
 
 
 def share(runs: list[Scores]) -> Estimate:
-    """interval() of shares: within [0, 1], and Wilson's where all problems of all seeds have the same result, since no
-    resample of them differs."""
-    own = interval(runs)
-    if len({value for run in runs for value in run.values}) == 1:
+    """interval() of shares: within [0, 1], and Wilson's for one checkpoint with one sample a problem, and where all
+    problems of all seeds have the same result, since no resample of them differs."""
+    own, found = interval(runs), {value for run in runs for value in run.values}
+    if len(found) == 1 or len(runs) == 1 and found == {0, 1}:
         return own._replace(**dict(zip(("low", "high"), wilson_interval(own.mean, len(runs[0].values)))))
     return own._replace(low=max(0.0, own.low), high=min(1.0, own.high))
 

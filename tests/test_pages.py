@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import train_countdown
+from experiments.endings import ENDINGS
 from machinery.data import read_jsonl
+from machinery.statistics import difference, read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
@@ -137,6 +139,34 @@ def test_the_figures_of_the_longer_runs_are_those_of_their_logs():
         assert (f"| {before} | {table['pass@1']:.1%} ({table['pass@1_low']:.1%} to {table['pass@1_high']:.1%}) | "
                 f"{table['completion_tokens']:.0f} | {table['truncated']:.1%} | {after} |") in page
     assert hard["evaluation-five-base"]["pass@1"] == hard["evaluation-five-64-steps"]["pass@1"] == 0
+    folder = ROOT / "docs" / "quickstart" / "420-steps"
+    rows = read_jsonl(folder / "metrics.jsonl")
+    long = json.loads((folder / "evaluation.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    short = json.loads((folder.parent / "64-steps" / "config.json").read_text())
+    assert config == {**short, "steps": 420, "eval_every": 20, "out": config["out"]} and long["settings"]["split"] == "test"
+    for row in rows:
+        if row["step"] in (20, 60, 100, 180, 260, 340, 420):
+            assert (f"| {row['step']} | {row['eval_pass@1']:.1%} | {row['eval_pass@1_3_numbers']:.1%} | "
+                    f"{row['eval_pass@1_4_numbers']:.1%} | {row['eval_truncated']:.1%} | {row['eval_completion_tokens']:.0f} | "
+                    f"{row['entropy']:.3f} | {row['equal_groups']:.1%} | {row['minutes']:.1f} |") in page, row["step"]
+    equal = [sum(row["equal_groups"] for row in part) / 60 for part in (rows[1:61], rows[-60:])]
+    assert f"{equal[1]:.0%} of the groups have equal rewards ({equal[0]:.0%} in the first 60)" in page
+    assert (f"{long['pass@1']:.1%} on test puzzles ({long['pass@1_low']:.1%} to {long['pass@1_high']:.1%}; three numbers "
+            f"{long['pass@1_3_numbers']:.1%}, four {long['pass@1_4_numbers']:.1%})") in page
+    gain = difference(*([read_scores(folder.parent / name / "evaluation.json")] for name in ("420-steps", "64-steps")))
+    assert f"{100 * gain.mean:.1f} points more than after 64 steps ({100 * gain.low:.1f} to {100 * gain.high:.1f})" in page
+    for name, words in (("temperature-0.6", "at temperature 0.6 solves {:.1%} of the test puzzles ("),
+                        ("greedy", "`--temperature 0`, {:.1%} (")):
+        own = json.loads((folder / f"{name}.json").read_text())["pass@1"]
+        gain = difference([read_scores(folder / f"{name}.json")], [read_scores(folder / "evaluation.json")])
+        assert words.format(own) + (f"{100 * gain.mean:.1f} points more, {100 * gain.low:.1f} to "
+                                    f"{100 * gain.high:.1f})") in page, name
+    found = json.loads((folder.parent / "endings.json").read_text())
+    for label, name in (("base", "models/tiny-base"), ("12 steps", "runs/zero/checkpoint"),
+                        ("420 steps", "runs/zero-420/checkpoint")):
+        for numbers, own in found[name]["endings"].items():
+            assert f"| {label} | {numbers} | {' | '.join(f'{own[kind]:.1%}' for kind in ENDINGS)} |" in page
     last = runs[1][64]
     assert (f"reaches {last['eval_pass@1']:.1%} (four numbers {last['eval_pass@1_4_numbers']:.1%}) in {last['minutes']:.0f} "
             f"minutes, and {test['pass@1']:.1%} on test") in (ROOT / "README.md").read_text()

@@ -116,6 +116,8 @@ def test_a_share_stays_a_share():
     assert statistics.share(runs([1.0] * 9 + [0.0], [1.0] * 6 + [0.0] * 4)).high == 1
     own = statistics.share(runs([0.0] * 20, [0.0] * 20))
     assert (own.low, own.high) == wilson_interval(0.0, 20)
+    own = statistics.share(runs([1.0] * 9 + [0.0]))  # as evaluate.py prints it
+    assert (own.low, own.high) == wilson_interval(0.9, 10) and statistics.share(runs([0.5, 1.0])).low == 0.5
 
 
 def test_equal_arms_are_not_told_apart():
