@@ -41,7 +41,7 @@ LEVELS = {
     "three": Level((3,), 10, (1, 30)),         # its easier half
     "four": Level((4,), 10, (1, 30)),          # its harder half
     "hundred": Level((4,), 10, (31, 100)),     # beyond it: targets that no document asks for; RL still moves it
-    "five": Level((5,), 10, (1, 30)),          # too far beyond it: one number more, of which base and R1-Zero solve none
+    "five": Level((5,), 10, (1, 30)),          # too far beyond it: one number more; base and R1-Zero solve 0 of 512
     "tinyzero": Level((3, 4), 99, (10, 100)),  # TinyZero's own level, for real checkpoints
 }
 SPLITS = {"test": 15, "validation": 15, "train": 70}  # percent: numbers that are reported, choices, and all training
