@@ -110,6 +110,11 @@ def test_the_figures_of_the_quickstart_are_those_of_its_committed_runs():
             assert (f"| {seed} | {share['pass@1']} ({share['pass@1_low']} to {share['pass@1_high']}) | "
                     f"{share['pass@1_3_numbers']} | {share['pass@1_4_numbers']} | {table[f'{name}completion_tokens']:.0f} | "
                     f"{share['truncated']} | {end}".rstrip() in page), (seed, name)
+        if seed == 0:
+            own, other = (read_jsonl(path / "metrics.jsonl") for path in (folder, folder.parent / "avx512-seed0"))
+            for column in ("reward", "completion_tokens", "eval_pass@1", "tokens"):
+                assert [row.get(column) for row in own] == [row.get(column) for row in other]
+            assert f"it took {other[-1]['minutes']:.1f}," in page
         if seed == 0:  # what differs in the two longer runs is their length and the rate's fall
             for name, final_lr in (("64-steps", 0.1), ("64-steps-constant", 1.0)):
                 other = json.loads((folder.parent / name / "config.json").read_text())
