@@ -15,7 +15,7 @@ import pytest
 import r1
 import train_countdown
 from countdown import split_of
-from machinery import plots, stages
+from machinery import plots, stages, statistics
 from machinery.data import read_jsonl
 from tasks.general import NEW, draw_sum
 from test_training import puzzles_of
@@ -236,3 +236,24 @@ def test_the_page_of_the_ladder_shows_the_committed_numbers():
     for row in table["rows"].values():
         assert f"| {row['label']} | {row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}) |" in page
     assert table["seeds"] == 3 and table["n"] == 512
+
+
+def test_the_figures_by_hand_are_those_of_the_committed_evaluations():
+    """Rows and paired differences of docs/r1.md's first table."""
+    folder, page = ROOT / "docs" / "r1-by-hand", (ROOT / "docs" / "r1.md").read_text()
+    tables = {name: json.loads((folder / f"{name}.json").read_text()) for name in (
+        "zero", "cold-start", "rl", "sft", "r1-final")}
+    assert all(table["settings"]["split"] == "test" for table in tables.values())
+    tables |= json.loads((folder / "distill.json").read_text())
+    labels = ("R1-Zero", "cold start", "RL with the language reward", "SFT of the base on CoT and non-CoT",
+              "R1: RL on all prompts", "student base", "distilled student", "student, RL alone", "distilled student, then RL")
+    for label, table in zip(labels, tables.values(), strict=True):
+        assert (f"| {label} | {table['pass@1']:.1%} ({table['pass@1_low']:.1%} to {table['pass@1_high']:.1%}) | " + " | ".join(
+            f"{table[name]:.1%}" for name in ("pass@1_3_numbers", "pass@1_4_numbers", "language", "needless_thinking",
+                                              "greetings")) + f" | {table['completion_tokens']:.0f} |") in page, label
+    pairs = {(a, b): statistics.difference([statistics.scores_of(tables[a])], [statistics.scores_of(tables[b])])
+             for a, b in (("cold-start", "zero"), ("r1-final", "zero"), ("distill", "student-rl"), ("distill-rl", "distill"),
+                          ("rl", "cold-start"), ("sft", "rl"), ("r1-final", "sft"))}
+    for own in list(pairs.values())[:4]:
+        assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in page
+    assert {own.verdict() for own in list(pairs.values())[4:]} == {"not told apart"}
