@@ -143,8 +143,9 @@ def draw(record: dict, path) -> None:
     axes[4].set_xticks(range(len(LEVELS)), LEVELS.values(), fontsize=8)
     axes[4].set_title("test pass@1, 95% intervals", fontsize=10)
     share_axis(axes[4], "", log=False)
-    for axis in axes[[0, 2, 4]]:
+    for axis in axes[[0, 4]]:
         axis.legend(fontsize=7)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.25)
     write_figure(figure, path)
