@@ -1,0 +1,103 @@
+"""What the studies share: pieces, shares and comparisons, each study from end to end in small, and the words and numbers
+of their pages, which are those of the committed results."""
+
+import importlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_countdown
+from experiments import aha, few_shot, longer, mcts, prm, study
+from machinery.statistics import Scores
+
+ROOT = Path(study.__file__).parent.parent
+STUDIES = ("prm", "mcts", "few_shot", "aha")
+
+
+def test_a_piece_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        assert study.piece(tmp_path, "a name", lambda: calls.append(1) or {"x": 1.5}) == {"x": 1.5}
+    assert calls == [1] and study.piece(tmp_path, "a name") == {"x": 1.5}
+    with pytest.raises(FileNotFoundError):
+        study.piece(tmp_path, "never made")
+
+
+def test_a_share_says_its_seeds_and_an_interval_over_both():
+    """Seeds at 40% and 60% of 100 puzzles: two of them leave everything open, which puzzles alone would not say."""
+    entry = study.measured([Scores("a", [1.0] * right + [0.0] * (100 - right)) for right in (40, 60)])
+    assert entry["mean"] == 0.5 and entry["seeds"] == [0.4, 0.6] and entry["low"] < 0.1 and entry["high"] > 0.9
+    assert study.text({**entry, "low": 0.404, "high": 0.596}) == "50.0% (40.4% to 59.6%)"
+
+
+@pytest.mark.parametrize("a, b, words", (
+    ([1, 1, 1, 1, 0] * 20, [1, 1, 1, 0, 0] * 20, "better than"), ([0] * 100, [1, 0] * 50, "worse than"),
+    ([1, 0] * 50, [0, 1] * 50, "not told apart from")))
+def test_arms_are_compared_puzzle_by_puzzle(a, b, words):
+    pair = study.paired([Scores("same", a)], [Scores("same", b)])
+    assert study.compared(pair) == words and study.points(pair).startswith(f"{sum(a) - sum(b):+}.0 points, ")
+
+
+def run(study_name, *flags):
+    """The study's main(); StopRequest takes Ctrl-C, the test takes it back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
+        patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each run
+        patch.chdir(ROOT)
+        try:
+            importlib.import_module(f"experiments.{study_name}").main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (*STUDIES, "harder", "longer"))
+def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
+    monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
+    run(name, "--quick", "--out", tmp_path / "out")
+    folder = tmp_path / "out-quick"
+    results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
+    words = f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
+    assert (folder / f"{name}.png").stat().st_size > 20_000
+    assert (folder / f"{name}.md").read_text() == words and words in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    run(name, "--quick", "--out", tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+    again = json.loads((folder / f"{name}.json").read_text())
+    assert again == results
+    if name in ("harder", "longer"):  # whose committed pieces need no checkpoint
+        for path in before:
+            path.unlink()
+        run(name, "--quick", "--out", tmp_path / "out")
+        assert json.loads((folder / f"{name}.json").read_text()) == results and not list(folder.rglob("*.safetensors"))
+
+
+def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
+    study.write_json(tmp_path / "out" / "config.json", {"n": 3})
+    refused(prm, "--out", tmp_path / "out", says=("other settings", "n", "another --out"))
+    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 2",))
+    refused(prm, "--model", "models/none", "--out", tmp_path / "new", says=("models/none", "no such directory"))
+    refused(prm, "--steps", 0, "--out", tmp_path / "new", says=("got steps 0", "more than 0"))
+    refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))
+    refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
+    refused(longer, "--again", "none", "--out", tmp_path / "new", says=("got arm 'none'", "clip-higher"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name, page", (*((name, "studies") for name in STUDIES), ("harder", "harder")))
+def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_command(name, page):
+    """Both sentences and all tables are those that the study itself made from its JSON."""
+    study_, folder = importlib.import_module(f"experiments.{name}"), ROOT / "experiments" / "results"
+    results, page = json.loads((folder / f"{name}.json").read_text()), (ROOT / "docs" / f"{page}.md").read_text()
+    verdict, tables = (folder / f"{name}.md").read_text().split("\n\n", 1)
+    assert verdict in page and tables in page
+    assert f"](../experiments/results/{name}.png)" in page and f"python -m experiments.{name}" in page
+    assert results["command"] == f"python -m experiments.{name}"
+    assert (folder / f"{name}.png").stat().st_size > 20_000
+    assert not results["config"]["quick"] and 2 <= results["config"]["seeds"] <= study_.Config().seeds
