@@ -221,12 +221,14 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
 def collect(config: Config) -> dict:
     """The committed JSON."""
     folders = [seed_folder(config, seed) for seed in range(config.seeds)]
-    values, data, plain_, mcts = ([piece(folder, name) for folder in folders] for name in
-                                  ("value-model", "training-data", "plain", "mcts"))
+
+    def pieces(name):
+        return [piece(folder, name) for folder in folders]
+
+    values, data, plain_, mcts = map(pieces, ("value-model", "training-data", "plain", "mcts"))
     asked, sampled = names_of_test_puzzles(config.n, config.seeds), [run["plain"] for run in plain_]
 
-    def searches(name):
-        tables = [piece(folder, name) for folder in folders]
+    def searches(tables):
         curves = [{way: row for way, row in table.items() if isinstance(row, dict)} for table in tables]
         return measured_curves(asked, curves) | {"stuck": average([table["stuck"] for table in tables])}
 
@@ -242,12 +244,12 @@ def collect(config: Config) -> dict:
                             ("pass@1_3_numbers", "pass@1_4_numbers", "completion_tokens")},
                          **{column: average([d[name][column] for d in data]) for column in data[0].get(name, {})}}
     return {"tokens_a_completion": average([run["tokens"] for run in plain_]),
-            "plain": measured_curves(asked, sampled), "mcts": searches("mcts"),
+            "plain": measured_curves(asked, sampled), "mcts": searches(mcts),
             "mcts - majority": {size: paired(runs_of(asked, mcts, "best value", size),
                                              runs_of(asked, sampled, "majority", size)) for size in mcts[0]["best value"]},
             "SFT on searched - on sampled": paired(runs["mcts"], runs["plain"]),
-            "widths": {width: searches(f"width {width}") for width in WIDTHS},
-            "values": {name: searches(f"values {name}") for name in ("shuffled", "none")},
+            "widths": {width: searches(pieces(f"width {width}")) for width in WIDTHS},
+            "values": {name: searches(pieces(f"values {name}")) for name in ("shuffled", "none")},
             "value_models": {name: {part: {column: average([v[name][part][column] for v in values]) for column in
                                            ("n", "accuracy", "majority_class", "calibration_error")}
                                     for part in values[0][name]} for name in values[0]},

@@ -87,10 +87,14 @@ def share(runs: list[Scores]) -> Estimate:
     return own._replace(low=max(0.0, own.low), high=min(1.0, own.high))
 
 
-def difference(a: list[Scores], b: list[Scores], resamples: int = RESAMPLES) -> Estimate:
-    """interval() of a minus b, problem by problem and seed by seed. Raises ValueError where a seed's problems differ."""
+def check_pairs(a: list, b: list) -> None:
     if len(a) != len(b):
         raise ValueError(f"got {len(a)} and {len(b)} seeds, expected as many of both arms: they are compared in pairs")
+
+
+def difference(a: list[Scores], b: list[Scores], resamples: int = RESAMPLES) -> Estimate:
+    """interval() of a minus b, problem by problem and seed by seed. Raises ValueError where a seed's problems differ."""
+    check_pairs(a, b)
     for seed, (own, other) in enumerate(zip(a, b)):
         if own.problems != other.problems or len(own.values) != len(other.values):
             raise ValueError(f"got different problems of the arms' runs number {seed}, expected the same ones: evaluate both "
@@ -133,8 +137,7 @@ def show(files: list[str], against: list[str]) -> None:
 
 def show_column(files: list[str], against: list[str], column: str) -> None:
     a, b = ([read_table(path, column)[column] for path in paths] for paths in (files, against))
-    if b and len(a) != len(b):
-        raise ValueError(f"got {len(a)} and {len(b)} seeds, expected as many of both arms: they are compared in pairs")
+    check_pairs(a, b or a)
     for name, values in ((column, a), (column, b), ("difference", [x - y for x, y in zip(a, b)])):
         if values:
             low, high = t_interval(values)

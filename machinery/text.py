@@ -103,7 +103,8 @@ def check_room(tokenizer, prompts: list[str], style: str, max_new_tokens: int, c
 def check_numbers(tokenizer, prompts: list[str], style: str) -> None:
     """Raises ValueError for numbers that a tiny model never read: above 100, and those that its vocabulary lacks."""
     if tokenizer.unk_token == TINY_UNKNOWN and style == "tiny":
-        largest = max(n for n in range(101) if tokenizer.unk_token_id not in tokenizer(str(n))["input_ids"])
+        known = tokenizer(list(map(str, range(101))))["input_ids"]
+        largest = max(n for n in range(101) if tokenizer.unk_token_id not in known[n])
         asked = max((int(number) for prompt in prompts for number in re.findall("[0-9]{1,9}", prompt)), default=0)
         if asked > largest:
             raise ValueError(f"got a prompt with the number {asked}, but this tiny model read no number above {largest}; "
