@@ -54,6 +54,7 @@ class Config:
     logits: bool = False             # one arm more: token-level KL to the teacher; both need the same tokenizer
     task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
+    sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny, base or chat
     n: int = 1200                    # train problems that the teacher solves
     samples: int = 4                 # completions of each
@@ -75,7 +76,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        find_tasks(self.task, self.level, "", self.style)
+        find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)
         check_dtype(self.dtype)
         if self.seeds < 1:
             raise ValueError(f"got seeds {self.seeds}, expected at least 1")
@@ -85,7 +86,8 @@ class Config:
 
 def task_flags(config, more: str = "") -> str:
     level = f" --level {shlex.quote(config.level)}" if config.level else ""
-    return f"--task {shlex.quote(config.task + more)}{level} --style {config.style}"
+    sandbox = f" --sandbox {shlex.quote(config.sandbox)}" if config.sandbox else ""
+    return f"--task {shlex.quote(config.task + more)}{level} --style {config.style}{sandbox}"
 
 
 def student_stages(config: Config) -> list[Stage]:
@@ -131,7 +133,7 @@ def student_stages(config: Config) -> list[Stage]:
 def check_beforehand(config, n: int, model: str) -> None:
     """Raises ValueError where the task has fewer problems than are asked for, or a model less room than a completion
     needs: what the last stages would find out."""
-    tasks = find_tasks(config.task, config.level, "", config.style)
+    tasks = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     for task, own, measured in zip(tasks, shares(tasks, n or len(tasks)), shares(tasks, config.eval_n)):
         task.problems(own, "train", 0)
         for split in ("validation", "test"):

@@ -47,6 +47,7 @@ class Config:
     max_new_tokens: int = 1024       # a completion that has not ended by then counts as truncated, and as wrong
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
+    sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     show: int = 0                    # print this many completions with their verdicts
     json: str = ""                   # also write the settings and the table to this file
     seed: int = 0                    # which puzzles, and the sampling
@@ -55,7 +56,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        if len(find_tasks(self.task, self.level, "", self.style)) > 1:
+        if len(find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)) > 1:
             raise ValueError(f"got --task {self.task}, expected one: evaluate several one after the other")
         check_split(self.split)
         if min(self.samples, self.max_new_tokens, self.slots) < 1 or min(self.n, self.shots) < 0:
@@ -157,7 +158,7 @@ def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -
 
 def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     """-> (the table's numbers, a record per completion). Raises ValueError where a prompt does not fit the context."""
-    task, = find_tasks(config.task, config.level, "", config.style)
+    task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)
     if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
         import corpus

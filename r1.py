@@ -45,6 +45,7 @@ class Config:
     list: bool = False               # print the stages' commands and stop
     task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
+    sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny or chat
     zero_steps: int = 48             # RL steps of R1-Zero, and of the student's RL
     rl_steps: int = 24               # of each RL stage of R1
@@ -65,7 +66,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        find_tasks(self.task, self.level, "", self.style)
+        find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
@@ -84,7 +85,7 @@ def student_config(config: Config, seed: int) -> distill.Config:
     folder = Path(config.out) / f"seed{seed}"
     return distill.Config(
         teacher=str(folder / "rl-all" / "checkpoint"), student=config.student, out=str(folder),
-        task=config.task, level=config.level, style=config.style, n=config.puzzles,
+        task=config.task, level=config.level, style=config.style, sandbox=config.sandbox, n=config.puzzles,
         samples=max(1, config.samples // 2), rl_steps=config.zero_steps, after_steps=config.zero_steps,
         rl_learning_rate=config.rl_learning_rate, after_learning_rate=config.rl2_learning_rate,
         sft_learning_rate=2 * config.sft_learning_rate, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,

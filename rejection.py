@@ -49,6 +49,7 @@ class Config:
     level: str = ""                  # of the task, such as four; empty: its first. Only train problems
     style: str = "tiny"              # prompt template: tiny, base or chat
     weights: str = ""                # of the reward's parts; format=0: a completion without tags is kept too
+    sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     n: int = 1200                    # different problems; countdown's laptop level has about 13,000 for training
     samples: int = 8                 # completions per problem
     temperature: float = 1.0         # of the sampler
@@ -70,7 +71,7 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        shares(find_tasks(self.task, self.level, self.weights, self.style), self.n)
+        shares(find_tasks(self.task, self.level, self.weights, self.style, sandbox=self.sandbox), self.n)
         check_dtype(self.dtype)
         check_positive(self, "n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats",
                        "per_puzzle", "rounds", "slots")
@@ -118,7 +119,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
 
     known holds what a killed run had already sampled, as {(round, first problem): chunk}; keep(chunk) writes one down.
     """
-    tasks = find_tasks(config.task, config.level, config.weights, config.style)
+    tasks = find_tasks(config.task, config.level, config.weights, config.style, sandbox=config.sandbox)
     drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
              for problem in task.problems(count, "train", config.seed)]
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
@@ -236,7 +237,7 @@ def main() -> None:
         check_style_fits(model, tokenizer, config.style, end_tokens(model, tokenizer))
         out.parent.mkdir(parents=True, exist_ok=True)
         partial_path = Path(f"{out}.partial")  # what is sampled so far; after a kill the same command goes on there
-        tasks = [task.spec for task in find_tasks(config.task, config.level, config.weights, config.style)]
+        tasks = [task.spec for task in find_tasks(config.task, config.level, config.weights, config.style, sandbox=config.sandbox)]
         known = read_partial(partial_path, {**asdict(config), "inputs": [fingerprint(path)
                                                                          for path in (config.model, *tasks)]})
         for round_ in range(1, config.rounds + 1):

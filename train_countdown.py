@@ -93,6 +93,7 @@ class Config:
     mix_steps: int = 0               # only so many last steps draw from all tasks, those before from the first; 0: all
     eval_task: str = ""              # measured in place of --task
     preference: str = ""             # reward model (preference.py), for tasks that weigh "preference"
+    sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     lora_rank: int = 0               # train adapters of this rank on a frozen model (LoRA); 0: all weights
     lora_alpha: float = 32.0         # their scale is lora_alpha / lora_rank
     seed: int = 0                    # train problems, sampling, adapters
@@ -187,7 +188,7 @@ def main() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the beginning
 def check(config: Config) -> None:
-    tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task)
+    tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
     if config.average not in ("token", "sequence", "constant"):
         raise ValueError(f"got average {config.average!r}, expected token, sequence or constant")
     check_dtype(config.dtype)
@@ -229,7 +230,7 @@ def start(config: Config):
     step."""
     with bad_input_exits():
         run, judge = open_run(config), None
-        tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task)
+        tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
                    for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit the context?
         # and of the train prompts a sample of 20 steps
@@ -355,7 +356,7 @@ def evaluate_policy(run: Run, config: Config) -> dict:
             table, _ = evaluate.evaluate(policy, run.tokenizer, evaluate.Config(
                 task=task.spec, level=task.level, split="validation", style=config.style, n=config.eval_n,
                 temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                language=config.language))
+                language=config.language, sandbox=getattr(task.seam, "sandbox", "")))
             tqdm.write(f"step {run.step}: validation pass@1 {table['pass@1']:.1%}, {table['completion_tokens']:.0f} tokens "
                        f"a completion{f', {task.name}' if i else ''}")
             found |= {f"eval_{f'{task.name}_' if i else ''}{name}": value for name, value in table.items()}
@@ -366,7 +367,7 @@ def evaluate_policy(run: Run, config: Config) -> dict:
 
 def evaluated_tasks(config: Config) -> list[Task]:
     """Those of --eval-task or --task that a rule can judge; where there is none, all."""
-    tasks = find_tasks(config.eval_task or config.task, config.level, "", config.style, config.task)
+    tasks = find_tasks(config.eval_task or config.task, config.level, "", config.style, config.task, config.sandbox)
     return [task for task in tasks if "accuracy" in task.weights] or list(tasks)
 
 

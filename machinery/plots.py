@@ -49,7 +49,8 @@ def panels_of(run) -> tuple:
     more = []
     try:
         config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        tasks = find_tasks(config["task"], config["level"], config["weights"], config["style"], config["eval_task"])
+        tasks = find_tasks(config["task"], config["level"], config["weights"], config["style"], config["eval_task"],
+                           config.get("sandbox", ""))
     except (OSError, KeyError, ValueError):  # an older run, or the task's file has moved
         return PANELS
     for i, task in enumerate(tasks):

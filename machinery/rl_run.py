@@ -148,7 +148,7 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
     if run.bar.n == run.bar.initial:
         evaluations = math.ceil((config.steps - run.step) / config.eval_every)
         minutes = ((config.steps - run.step) * row["seconds"] + evaluations * run.evaluation_seconds) / 60
-        tqdm.write(f"the first step took {row['seconds']:.1f} s here: {minutes:.0f} to {2 * minutes:.0f} minutes for all "
+        tqdm.write(f"the first step took {row['seconds']:.1f} s here: {minutes:.0f} to {2.5 * minutes:.0f} minutes for all "
                    f"{config.steps}, as completions may grow")
     run.bar.update()
     accuracy = {"accuracy": f"{row['accuracy']:.0%}"} if "accuracy" in row else {}

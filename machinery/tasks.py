@@ -6,7 +6,7 @@
     key(problem) -> str                      what makes two problems the same: for the split, and for distinct draws
     question(problem, style) -> str          words only: no chat template, no BOS, no <think>; in style tiny all of it
     score(problem, text) -> (parts, verdict) {"accuracy": 1.0, ...}, and "correct" or why not; never raises on text
-    gold(problem) -> str                     a completion that score calls correct
+    gold(problem) -> str                     a completion that score calls correct; None where nobody knows one
 
 and, where it has them, watch(problem, text) -> {name: number}, measured and never paid; group(problem) -> str, a kind
 of problem whose accuracy is also given alone; vote(problem, texts) -> answer of the majority (else the commonest answer
@@ -133,12 +133,13 @@ def as_dict(problem) -> dict:
 
 
 @lru_cache
-def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tiny", beside: str = "") -> tuple[Task, ...]:
+def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tiny", beside: str = "", sandbox: str = ""
+               ) -> tuple[Task, ...]:
     """What --task, --level, --weights and --style say. Raises ValueError for whatever is wrong with them, and with a task
     file: it is drawn from and scored here, before a model is loaded.
 
     level: with commas between, one for each task that shall not take its first. beside: tasks named by another flag,
-    which may know a level too."""
+    which may know a level too. sandbox: command that programs run behind (tasks/code.py)."""
     check_style(style)
     named, found = pairs(tasks, "task", 1.0), []
     levels, changed = [name for name in level.split(",") if name], pairs(weights, "weights")
@@ -146,7 +147,7 @@ def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tin
         if not share > 0:
             raise ValueError(f"got --task {tasks}, where {name} has weight {share:g}; expected more than 0, or leave "
                              "it out")
-        seam = load_seam(name)
+        seam = load_seam(name, sandbox)
         own_level = next((known for known in levels if known in seam.LEVELS), next(iter(seam.LEVELS)))
         own_weights = {**seam.WEIGHTS, **{part: weight for part, weight in changed.items() if part in seam.WEIGHTS}}
         found.append(Task(Path(name).stem, name, seam, own_level, share / sum(named.values()), own_weights))
@@ -157,7 +158,9 @@ def find_tasks(tasks: str, level: str = "", weights: str = "", style: str = "tin
         except Exception as error:  # somebody's own code
             raise ValueError(f"got task {name}, which fails on its own problems ({type(error).__name__}: {error}); "
                              "expected draw, key, question, score and gold to take what draw returns") from None
-    others = map(load_seam, pairs(beside, "task", 1.0)) if beside else ()
+    others = [load_seam(name, sandbox) for name in pairs(beside, "task", 1.0)] if beside else []
+    if sandbox and not any(hasattr(seam, "sandbox") for seam in [*(task.seam for task in found), *others]):
+        raise ValueError(f"got --sandbox {sandbox!r} and --task {tasks}, which runs no program; leave it out")
     every = {known: None for seam in [*(task.seam for task in found), *others] for known in seam.LEVELS}
     if unknown := [name for name in levels if name not in every]:
         raise ValueError(f"got level {unknown[0]!r}, expected one of {', '.join(every)}")
@@ -190,7 +193,7 @@ def pairs(text: str, flag: str, default: float | None = None) -> dict[str, float
     return found
 
 
-def load_seam(name: str):
+def load_seam(name: str, sandbox: str = ""):
     path = Path(name)
     if name in BUILT_IN:
         seam = importlib.import_module(BUILT_IN[name])
@@ -199,7 +202,10 @@ def load_seam(name: str):
     elif not path.is_file():
         raise FileNotFoundError(f"got task {name!r}, but there is no such file")
     elif path.suffix.lower() == ".jsonl":
-        seam = importlib.import_module("tasks.questions").Questions.read(path)
+        from machinery.data import read_jsonl
+        programs = any("tests" in row or "entry_point" in row for row in read_jsonl(path))
+        seam = importlib.import_module("tasks.code").Programs.read(path, sandbox) if programs else importlib.import_module(
+            "tasks.questions").Questions.read(path)
     else:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         seam = importlib.util.module_from_spec(spec)
@@ -248,7 +254,9 @@ def check_task(task: Task, style: str) -> None:
                 raise ValueError(f"got task {task.name}, which draws {seam.key(problem)!r} for {keys[seam.key(problem)]} and "
                                  f"for {split}; expected each key in one of them: see countdown.split_of")
         for problem in problems:
-            parts, verdict = seam.score(problem, seam.gold(problem))
+            if (gold := seam.gold(problem)) is None:
+                continue
+            parts, verdict = seam.score(problem, gold)
             if verdict != "correct":
                 raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; "
                                  "expected 'correct'")

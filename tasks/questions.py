@@ -41,6 +41,15 @@ def same_words(question: str) -> str:
     return " ".join(question.split())
 
 
+def by_split(path: Path, rows: list[dict]) -> dict[str, list[dict]]:
+    """Raises ValueError where a split gets none."""
+    found = {split: [row for row in rows if split_of(same_words(row["question"])) == split] for split in SPLITS}
+    if not all(found.values()):
+        counts = ", ".join(f"{len(own)} are for {split}" for split, own in found.items())
+        raise ValueError(f"got {path} with {len(rows)} questions, of which {counts}; expected some of each: bring more")
+    return found
+
+
 def check_answer(text: str, expected: str) -> str:
     """correct, or why not."""
     answer = answer_or_text(text)
@@ -62,7 +71,7 @@ class Questions:
     def read(cls, path: Path) -> "Questions":
         """Raises ValueError with the file and the line where a row is wrong."""
         from machinery.data import check_characters, read_jsonl
-        rows, lines = {split: [] for split in SPLITS}, {}
+        rows, lines = [], {}
         given = read_jsonl(path)
         judged = not any("answer" in row for row in given)
         for number, row in enumerate(given, 1):
@@ -78,11 +87,8 @@ class Questions:
             if final_value(known) != final_value(answer):
                 raise ValueError(f"got {path}, line {number}, with the question of line {first} and another answer; "
                                  "expected one answer for it")
-            rows[split_of(same_words(question))].append({"question": question, "answer": answer})
-        if not all(rows.values()):
-            counts = ", ".join(f"{len(own)} are for {split}" for split, own in rows.items())
-            raise ValueError(f"got {path} with {len(lines)} questions, of which {counts}; expected some of each: bring more")
-        return cls(path, rows, {"preference": 1.0} if judged else {"accuracy": 1.0, "format": 0.2, "language": 0.0})
+            rows.append({"question": question, "answer": answer})
+        return cls(path, by_split(path, rows), {"preference": 1.0} if judged else {"accuracy": 1.0, "format": 0.2, "language": 0.0})
 
     def draw(self, rng: random.Random, level: str, split: str) -> dict:
         return rng.choice(self.rows[split])

@@ -8,7 +8,7 @@ import pytest
 
 from countdown import SPLITS, split_of
 from machinery.tasks import find_tasks
-from tasks.code import Problem, candidates, draw, gold, question, score, value, write_thinking
+from tasks.code import Problem, candidates, draw, gold, question, score, value, watch, write_thinking
 
 LINE = Problem("2*x+1", ((1, 3), (2, 5), (4, 9), (3, 7), (0, 1), (8, 17)))           # the last three are hidden
 EXCEPTION = Problem("5 if x==2 else 9", ((1, 9), (2, 5), (7, 9), (3, 9), (0, 9), (8, 9)))
@@ -17,7 +17,7 @@ ONLY = "is none of integers, x, + - * and a if x==k else b"
 
 def verdict(problem: Problem, function: str) -> str:
     parts, reason = score(problem, f"<think>\nso\n</think>\n<answer>def f(x): return {function}</answer>")
-    assert parts == {"accuracy": float(reason == "correct"), "format": 1.0}
+    assert parts["accuracy"] == (reason == "correct") and parts["format"] == 1.0 and parts["visible"] >= parts["accuracy"]
     return reason
 
 
@@ -29,7 +29,7 @@ def problems(split: str, n: int = 300) -> list[Problem]:
 # ---------------------------------------------------------------------------------------------------------------- score
 @pytest.mark.parametrize("function, reason", (
     ("2*x+1", "correct"), ("1+x*2", "correct"), ("x+x+1", "correct"), ("(x+1)*2-1", "correct"), ("2 * x + 1", "correct"),
-    ("x-(0-x)+1", "correct"),                                       # any way of writing it, with what is allowed
+    ("x-(0-x)+1", "correct"), ("-x+3*x+1", "correct"), ("x--x+1", "correct"),                                       # any way of writing it, with what is allowed
     ("3 if x==1 else 2*x+1", "correct"),                            # needless and right
     ("2*x", "f(1) is 2, not 3"), ("0-x", "f(1) is -1, not 3"), ("5", "f(1) is 5, not 3"),
     ("3 if x==1 else 5 if x==2 else 9", "f(3) is 9, not 7"),        # repeats what it was shown: the hidden ones decide
@@ -46,7 +46,7 @@ def test_a_function_is_right_on_the_hidden_examples_too(function, reason):
     "__import__('os').system('true')", "open('f')", "print(3)", "f(x)", "int(x)", "x.real*2+1", "(lambda x: 2*x+1)(x)",
     "y", "y if x==1 else 2*x+1", "[3,5,9,7][x]", "{1:3}[x]", "(3,5)[x]", "(x, 3)", "lambda: 3", "(y:=2)*x+1", "'3'",
     "f'{x}'", "[x for x in x]", "sum(i for i in x)", "2**x", "9**9**9**9", "6*x//3+1", "x/1*2+1", "x%9*2+1", "x<<1|1",
-    "-x+3*x+1", "+x", "~x", "not x", "2.0*x+1", "1e9", "2j", "None", "...", "True", "2*x+True", "x==1", "3 if x else 5",
+    "+x", "~x", "not x", "2.0*x+1", "1e9", "2j", "None", "...", "True", "2*x+True", "x==1", "3 if x else 5",
     "3 if True else 5", "3 if x==True else 2*x+1", "3 if x!=1 else 2*x+1", "3 if x<2 else 5", "3 if x is 1 else 5",
     "3 if x in (1, 2) else 5", "3 if 1==x==1 else 2*x+1", "3 if x==1 or x==2 else 5", "x==1 and 3", "(yield)", "await x",
 ))
@@ -109,6 +109,23 @@ def test_the_worst_of_200_characters_are_refused_or_computed_at_once(function):
     assert time.perf_counter() - started < 0.5
 
 
+@pytest.mark.parametrize("function", ("9999*9999*9999", "1000000001", "2*x+1 if x==x else 9*x*100000*100000"))
+def test_no_value_is_beyond_a_billion(function):
+    assert "beyond 1,000,000,000" in verdict(LINE, function)
+
+
+@pytest.mark.parametrize("function, visible, hidden, error", (
+    ("2*x+1", 1, 1, ""), ("3 if x==1 else 5 if x==2 else 9", 1, 0, "error_wrong"), ("7", 0, 1 / 3, "error_wrong"),
+    ("y", 0, 0, "error_no_function")))
+def test_what_is_visible_can_be_paid_and_what_is_hidden_is_watched(function, visible, hidden, error):
+    """A memory of the shown examples passes them, and none of the others."""
+    text = f"<think>\n2:f(1)=2 no\n2*x+1:f(2)=4+1=5 yes\n</think>\n<answer>def f(x): return {function}</answer>"
+    seen = watch(LINE, text)
+    assert score(LINE, text)[0]["visible"] == visible and seen["hidden_share"] == hidden and seen["attempts"] == 2
+    assert [name for name, value in seen.items() if name.startswith("error") and value] == [error] * bool(error)
+    assert watch(LINE, "<answer>")["error_no_answer"] == 1.0
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Python's, of 9if
 def test_no_text_raises():
     """Pieces of code in any order, well formed or not."""
@@ -131,7 +148,7 @@ def test_problems_are_right_about_themselves(split):
         assert split_of(problem.function) == split and len(set(arguments)) == 6 and set(arguments) <= set(range(10))
         assert all(y == eval(problem.function, {"x": x}) == value(problem.function, x) for x, y in problem.examples)
         assert all(0 <= y <= 100 for _, y in problem.examples)
-        assert score(problem, gold(problem)) == ({"accuracy": 1.0, "format": 1.0}, "correct")
+        assert score(problem, gold(problem)) == ({"accuracy": 1.0, "format": 1.0, "visible": 1.0}, "correct")
         shapes.add(re.sub(r"\d+", "n", problem.function))
     assert {"n", "x+n", "n*x+n", "n*x-n", "x*x+n", "n-x", "n if x==n else n"} <= shapes
 
