@@ -211,7 +211,7 @@ def print_table(table: dict, split: str) -> None:
           f"{table['pass@1_high']:.1%}, n = {table['n']} {split} problems x {table['samples']})")
     for name, value in table.items():
         if name not in ("pass@1", "pass@1_low", "pass@1_high", "n", "samples"):
-            counted = name.startswith(("completion_tokens", "verifications", "backtracks", "reflection_words"))
+            counted = name.startswith(("completion_tokens", "verifications", "backtracks", "reflection_words", "attempts"))
             print(f"{name:>20}  {f'{value:.2f}' if counted else f'{value:.1%}'}")
 
 

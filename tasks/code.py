@@ -6,8 +6,8 @@ For tiny models a function of one integer from examples of it: `f(1)=3 f(2)=5 f(
     python train_countdown.py --task code --out runs/code
     python train_countdown.py --task code --weights accuracy=0,visible=1 --out runs/visible  # paid by what it can see
 
-The three examples shown are visible tests, three more are hidden. Right is what passes them all: an answer that only
-repeats what it was shown (3 if x==1 else 5) fails on the hidden ones. What the tiny base read of it (write_thinking) tries
+The examples shown are visible tests, the others of the six are hidden. Right is what passes them all: an answer that only
+repeats what it was shown (3 if x==1 else 5) fails on the hidden ones; --level "two shown" invites it. What the tiny base read of it (write_thinking) tries
 one function after the other and checks each on the examples. An answer is parsed into a syntax tree, of which only + - *
 and `a if x==k else b` are computed; it is never run. Functions are split by a hash of their text.
 
@@ -35,16 +35,17 @@ from rewards import END_THINK, MAX_LENGTH, TAGS, THINK, extract_answer, format_r
 from tasks import ask
 from tasks.questions import by_split, same_words
 
-LEVELS = {"one line": None}
+LEVELS = {"one line": 3, "two shown": 2}  # examples in the prompt; the corpus has three
 WEIGHTS = {"accuracy": 1.0, "format": 0.2, "visible": 0.0, "language": 0.0}
-SHOWN = 3
+EXAMPLES = 6
 MAX_VALUE = 10 ** 9  # of anything that is computed
 OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b}
 
 
 class Problem(NamedTuple):
     function: str                              # of x, as 2*x+1
-    examples: tuple[tuple[int, int], ...]      # (x, value); the first SHOWN are in the prompt, the others are hidden
+    examples: tuple[tuple[int, int], ...]      # (x, value)
+    shown: int = 3                             # of these the first are in the prompt, the others are hidden
 
 
 # --------------------------------------------------------------------------------------------------- functions, values
@@ -140,11 +141,11 @@ def draw(rng: random.Random, level: str, split: str) -> Problem:
         if split_of(function) != split:
             continue
         arguments = [x for x in range(10) if 0 <= value(function, x) <= 100]
-        if len(arguments) < 2 * SHOWN:
+        if len(arguments) < EXAMPLES:
             continue
-        arguments = rng.sample(arguments, 2 * SHOWN)
-        problem = Problem(function, tuple((x, value(function, x)) for x in arguments))
-        if "if" not in function or len({y for _, y in problem.examples[:SHOWN]}) > 1:
+        arguments = rng.sample(arguments, EXAMPLES)
+        problem = Problem(function, tuple((x, value(function, x)) for x in arguments), LEVELS[level])
+        if "if" not in function or len({y for _, y in problem.examples[:problem.shown]}) > 1:
             return problem
 
 
@@ -158,7 +159,7 @@ def show(x: int, y: int) -> str:
 
 
 def question(problem: Problem, style: str) -> str:
-    shown = " ".join(show(x, y) for x, y in problem.examples[:SHOWN])
+    shown = " ".join(show(x, y) for x, y in problem.examples[:problem.shown])
     return f"{shown}\n" if style == "tiny" else ask(
         f"{shown}. Write f as one line of Python, as def f(x): return ...", style, "that line")
 
@@ -181,19 +182,19 @@ def judge(problem: Problem, text: str) -> tuple[list[bool], str, str]:
 
 def score(problem: Problem, text: str) -> tuple[dict[str, float], str]:
     passed, verdict, _ = judge(problem, text)
-    return {"accuracy": float(all(passed)), "format": format_reward(text), "visible": float(all(passed[:SHOWN]))}, verdict
+    return {"accuracy": float(all(passed)), "format": format_reward(text), "visible": float(all(passed[:problem.shown]))}, verdict
 
 
 def watch(problem: Problem, text: str) -> dict[str, float]:
     """The functions that the thinking tries, the share of the hidden examples that the answer passes, and its error."""
     passed, _, error = judge(problem, text)
     return {"attempts": sum(":f(" in line for line in text.partition(END_THINK)[0].splitlines()),
-            "hidden_share": sum(passed[SHOWN:]) / SHOWN,
+            "hidden_share": sum(passed[problem.shown:]) / (EXAMPLES - problem.shown),
             **{f"error_{kind}": float(kind == error) for kind in ("no_answer", "no_function", "wrong")}}
 
 
 def gold(problem: Problem) -> str:
-    checks = " ".join(f"{worked(problem.function, x)} yes" for x, _ in problem.examples[:SHOWN])
+    checks = " ".join(f"{worked(problem.function, x)} yes" for x, _ in problem.examples[:problem.shown])
     return f"<think>\n{problem.function}:{checks}\n</think>\n<answer>def f(x): return {problem.function}</answer>"
 
 
@@ -202,7 +203,7 @@ def write_thinking(problem: Problem, patient: bool, luck: float, give_up: float,
                    ) -> tuple[list[str], str]:
     """-> (one line a guess, the last one). A guess is checked on the shown examples until one is wrong; on the first only
     where it is not made from it."""
-    shown = problem.examples[:SHOWN]
+    shown = problem.examples[:problem.shown]
     untried = candidates(*shown[0])
     rng.shuffle(shuffled := untried.copy())  # drawn by the patient, too: luck must come to the same problems
     untried = untried if patient else shuffled
