@@ -45,6 +45,7 @@ class Config:
     list: bool = False               # print the stages' commands and stop
     task: str = "countdown"          # countdown, arithmetic, code, a .py or .jsonl file: machinery/tasks.py
     level: str = ""                  # of the task; empty: its first
+    beside: str = "general=1"        # tasks beside three parts of --task in the last RL stage; code=1,general=1: programs, too
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny or chat
     zero_steps: int = 48             # RL steps of R1-Zero, and of the student's RL
@@ -67,6 +68,9 @@ class Config:
 
     def __post_init__(self):
         find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)
+        names = [task.name for task in find_tasks(f"{self.task}=3,{self.beside}", style=self.style, sandbox=self.sandbox)]
+        if "general" not in names:
+            raise ValueError(f"got beside {self.beside!r}, expected general in it: the reward model judges its prompts")
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
@@ -143,7 +147,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         Stage("preference", f"python preference.py --data {folder}/pairs.jsonl --model {base} --style {config.style} "
               f"--eval-pairs {min(512, config.pairs // 4)} --seed {seed} {machine} --out {folder}/preference"),
         Stage("rl-all", f"python train_countdown.py --model {folder}/sft/checkpoint "
-              f"{distill.task_flags(config, '=3,general=1')} --mix-steps {config.general_steps} {later} {language} "
+              f"{distill.task_flags(config, f'=3,{config.beside}')} --mix-steps {config.general_steps} {later} {language} "
               f"{judge} --out {folder}/rl-all"),
         evaluation("rl-all"),
         #    and what becomes of a policy that goes on with the reward model alone: R1-Zero's learning rate, general
@@ -153,6 +157,11 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
               f"--learning-rate {config.rl_learning_rate} --out {folder}/hacking"),
         evaluation("hacking"),
     ]
+    for other in (name.partition("=")[0] for name in config.beside.split(",")):
+        if other != "general":  # its table is in eval-OTHER-rl-all.json alone
+            stages += [Stage(f"eval-{Path(other).stem}-{name}", f"python evaluate.py --model {folder}/{name}/checkpoint --task "
+                             f"{shlex.quote(other)} --style {config.style} {measured} --samples {config.eval_samples} "
+                             f"--json {folder}/eval-{Path(other).stem}-{name}.json") for name in ("sft", "rl-all")]
     # 6. the student
     return stages + distill.student_stages(student_config(config, seed))
 

@@ -40,6 +40,8 @@ if sys.argv[1:] != ["child"]:  # which needs none of these, and starts sooner
 LINUX, WINDOWS = sys.platform == "linux", os.name == "nt"
 PYTHON = getattr(sys, "_base_executable", "") or sys.executable  # not a virtual environment's: -S wants none of it
 NOBODY = 65534
+ENVIRONMENT = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows starts nothing without it
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 OUT_OF_TIME = () if WINDOWS else (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
 OUTSIDE = ["network", "files", "other processes"]  # what a program may be kept from
 LIMITED = ["memory", "processor time", "file size", "more processes", "descriptors", "core files"]
@@ -62,15 +64,13 @@ def pack(value):
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
-    for kind in (list, tuple, set, frozenset):
+    for name, kind in SEQUENCES.items():
         if isinstance(value, kind):
-            return [kind.__name__, [pack(item) for item in kind.__iter__(value)]]
+            return [name, [pack(item) for item in kind.__iter__(value)]]
     if isinstance(value, dict):
         return ["dict", [[pack(key), pack(item)] for key, item in dict.items(value)]]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", bytes(value).hex()]
-    if isinstance(value, complex):
-        return ["complex", [value.real, value.imag]]
     raise TypeError(f"a {type(value).__name__} is no plain literal")
 
 
@@ -79,18 +79,14 @@ def unpack(packed):
     if packed is None or isinstance(packed, (bool, int, float, str)):
         return packed
     try:
-        kind, items = packed
-        if kind in ("list", "tuple", "set", "frozenset"):
-            return getattr(builtins, kind)(unpack(item) for item in items)
-        if kind == "dict":
-            return {unpack(key): unpack(item) for key, item in items}
-        if kind == "bytes":
+        name, items = packed
+        if name == "bytes":
             return bytes.fromhex(items)
-        if kind == "complex":
-            return complex(*items)
-    except (TypeError, ValueError, AttributeError):
-        pass
-    raise ValueError("no plain literal")
+        if name == "dict":
+            return {unpack(key): unpack(item) for key, item in items}
+        return SEQUENCES[name](unpack(item) for item in items)
+    except (TypeError, KeyError):
+        raise ValueError("no plain literal") from None
 
 
 # -------------------------------------------------------------------------------------------------- in the trainer
@@ -103,10 +99,11 @@ def run_tests(program: str | None, tests: list, entry_point: str = "", *, sandbo
     stdin and stdout: then the program runs as a script, and what it prints has to be that, white space at the ends of
     lines aside. None is a program that defines nothing. "unending" is a test that is itself not done in all that time."""
     missing = lacking(sandbox)
-    with folder_for(missing) as folder:
+    at_home = "files" in missing  # else a program has a file system of its own
+    with tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) if at_home else contextlib.nullcontext("/") as folder:
         supervisor = subprocess.Popen([PYTHON, "-I", "-S", "-X", "utf8", __file__, "supervise"], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
-                                      env=None if sandbox else environment(), start_new_session=not WINDOWS)
+                                      env=None if sandbox else ENVIRONMENT, start_new_session=not WINDOWS)
         job = {"program": program, "tests": tests, "entry_point": entry_point, "sandbox": sandbox, "limits": limits,
                "missing": missing}
         patience = threading.Timer((limits.wall + 1) * len(tests) + 5, supervisor.kill)
@@ -129,15 +126,6 @@ def run_tests(program: str | None, tests: list, entry_point: str = "", *, sandbo
         return verdicts + ["unending" if unending else "killed"] * (len(tests) - len(verdicts))
 
 
-def folder_for(missing: list[str]):
-    """An empty one to work in, where programs have no file system of their own."""
-    if "files" not in missing:
-        return contextlib.nullcontext("/")
-    folder = tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True)
-    os.chmod(folder.name, 0o777)  # root's child becomes nobody
-    return folder
-
-
 @lru_cache
 def lacking(sandbox: str = "") -> list[str]:
     """What this system does not take away from a child. Raises FileNotFoundError where the sandbox's command is missing,
@@ -156,10 +144,6 @@ def lacking(sandbox: str = "") -> list[str]:
         child.kill()
 
 
-def environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows starts nothing without it
-
-
 # ----------------------------------------------------------------------------------------------- the supervisor
 class Gone(Exception):
     """The child has ended: timeout, or killed, which is also what its answer is where it is none."""
@@ -171,11 +155,11 @@ class Child:
     def __init__(self, folder: str, sandbox: str, limits: Limits, missing: list[str]):
         with open(__file__, encoding="utf8") as file:
             source = file.read()  # a container has no such file
-        self.limits, self.late, self.raised, self.name = limits, False, None, ""
+        self.limits, self.late, self.raised, self.name = limits, False, None, ""  # name of what was raised
         python = [*shlex.split(sandbox), "python3"] if sandbox else [PYTHON]
         self.process = subprocess.Popen([*python, "-I", "-S", "-X", "utf8", "-c", source, "child"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
-                                        env=None if sandbox else environment(), start_new_session=not WINDOWS)
+                                        env=None if sandbox else ENVIRONMENT, start_new_session=not WINDOWS)
         self.timer = threading.Timer(limits.wall, self.expire)
         self.timer.start()
         self.send([list(limits), missing, 0 if sandbox or WINDOWS else os.getpid()])
@@ -202,10 +186,9 @@ class Child:
         kind = getattr(builtins, name, None)
         known = isinstance(kind, type) and issubclass(kind, BaseException)
         self.name = name if known else "Exception"  # a class may be called anything, passed for one
-        try:
-            self.raised = kind(said) if known and issubclass(kind, Exception) else RuntimeError(said)
-        except TypeError:  # UnicodeDecodeError wants five arguments
-            self.raised = RuntimeError(said)
+        kind = kind if known and issubclass(kind, Exception) else RuntimeError
+        self.raised = kind.__new__(kind)  # UnicodeDecodeError() wants five arguments
+        self.raised.args = (said,)
         raise self.raised
 
     def expire(self):
@@ -224,75 +207,67 @@ class Child:
             self.process.wait()
 
 
-class Nobody:
-    """A child without a program."""
-    name = "NameError"
-
-    def ask(self, do: str, *rest):
-        self.raised = NameError()
-        if do != "define":
-            raise self.raised
-
-    def kill(self) -> None:
-        pass
-
-
 def supervise() -> None:
     """One job on standard input, a verdict a line on standard output, until standard input ends."""
-    folder, starting, child = os.getcwd(), threading.Lock(), Nobody()
+    folder, starting, child = os.getcwd(), threading.Lock(), None
+
+    def clean_up():
+        if child:
+            child.kill()
+        if os.path.basename(folder).startswith("answer-"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     try:
         job = json.loads(sys.stdin.buffer.readline())
     except ValueError:  # the trainer is gone already
-        return empty(folder, remove=True)
-    say, limits = os.dup(1), Limits(*job["limits"])
+        return clean_up()
+    say, limits, own = os.dup(1), Limits(*job["limits"]), "/"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for tests that print
 
     def wait_for_the_end():
         sys.stdin.buffer.read()
         starting.acquire()  # from here on nobody starts a child, or leaves
-        child.kill()
-        empty(folder, remove=True)
+        clean_up()
         os._exit(0)
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    for test in job["tests"]:
+    for number, test in enumerate(job["tests"]):
         with starting:
-            child = Nobody() if job["program"] is None else Child(folder, job["sandbox"], limits, job["missing"])
+            if folder != "/":
+                os.mkdir(own := os.path.join(folder, str(number)))
+                os.chmod(own, 0o777)  # root's child becomes nobody
+                os.chmod(folder, 0o711)
+            if job["program"] is not None:
+                child = Child(own, job["sandbox"], limits, job["missing"])
         verdict = verdict_of(test, job["program"], job["entry_point"], child)
-        child.kill()
-        empty(folder)  # for the next one
+        if child:
+            child.kill()
         with contextlib.suppress(BrokenPipeError):  # then somebody is cleaning up
             os.write(say, json.dumps(verdict).encode() + b"\n")
     starting.acquire()
     os._exit(0)  # a test's own threads are no reason to stay
 
 
-def empty(folder: str, remove: bool = False) -> None:
-    if not os.path.basename(folder).startswith("answer-"):
-        return
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        os.remove(path) if os.path.islink(path) or not os.path.isdir(path) else shutil.rmtree(path, ignore_errors=True)
-    if remove:
-        shutil.rmtree(folder, ignore_errors=True)
+def verdict_of(test: str | dict, program: str | None, entry_point: str, child: Child | None) -> str:
+    def candidate(*args, **kwargs):
+        if not child:
+            raise NameError
+        return child.ask("call", entry_point, pack(args), pack(kwargs))
 
-
-def verdict_of(test: str | dict, program: str, entry_point: str, child: Child) -> str:
     try:
+        if child is None and isinstance(test, dict):
+            return "wrong"
         if isinstance(test, dict):
             printed = child.ask("script", program, test["stdin"])
             return "passed" if stripped(printed) == stripped(test["stdout"]) else "wrong"
-        child.ask("define", program)
-
-        def candidate(*args, **kwargs):
-            return child.ask("call", entry_point, pack(args), pack(kwargs))
-
+        if child:
+            child.ask("define", program)
         exec(compile(test, "test", "exec"), {"__name__": "test", entry_point: candidate, "candidate": candidate})
         return "passed"
     except Gone as error:
         return str(error)
     except BaseException as error:  # whatever a test does: it has not passed
-        return child.name if error is child.raised else "wrong"
+        return child.name if child and error is child.raised else "wrong"
 
 
 def stripped(text) -> list[str]:
@@ -367,8 +342,9 @@ def isolate(limits: Limits, supervisor: int) -> list[str]:
         missing += OUTSIDE
     keep_watch(libc, limits, supervisor)  # over the first process of the namespace
     keep_watch(libc, limits)  # that is over the program: what a first process leaves, the system ends
-    if os.geteuid() == 0 and others_may_read(os.__file__):
-        with contextlib.suppress(OSError):
+    parts = os.__file__.split("/")
+    if os.geteuid() == 0 and all(os.stat("/".join(parts[:i]) or "/").st_mode & 1 for i in range(1, len(parts))):
+        with contextlib.suppress(OSError):  # nobody may read Python's own files
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
@@ -448,14 +424,6 @@ def keep_watch(libc, limits: Limits, supervisor: int = 0) -> None:
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program may not look into it
     code = os.waitstatus_to_exitcode(os.waitpid(below, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
-
-
-def others_may_read(path: str) -> bool:
-    folder = path
-    while folder != (folder := os.path.dirname(folder)):
-        if not os.stat(folder).st_mode & 1:
-            return False
-    return bool(os.stat(path).st_mode & 4)
 
 
 if __name__ == "__main__":

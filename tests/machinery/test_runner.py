@@ -61,8 +61,8 @@ def leaves_nothing():
     ("def f(): return 42", "assert f() == 42", "passed"),
     ("def f(): return 42", "assert candidate() == 42", "passed"),
     ("def f(): return 41", "assert f() == 42", "wrong"),
-    ("f = lambda a, *, b: (a, {b: [1.5, None, True, b'x', 2j, {3}, '\\ud83d']})",
-     "assert f((1, 2), b='k') == ((1, 2), {'k': [1.5, None, True, b'x', 2j, {3}, '\\ud83d']})", "passed"),
+    ("f = lambda a, *, b: (a, {b: [1.5, None, True, b'x', {3}, '\\ud83d']})",
+     "assert f((1, 2), b='k') == ((1, 2), {'k': [1.5, None, True, b'x', {3}, '\\ud83d']})", "passed"),
     ("from collections import Counter\ndef f(): return Counter('aab')", "assert f() == {'a': 2, 'b': 1}", "passed"),
     ("def f(): return float('nan'), float('inf')", "import math\na, b = f()\nassert math.isnan(a) and b > 1e308", "passed"),
     ("def f(): return 10 ** 3000", "assert f() == 10 ** 3000", "passed"),
@@ -75,7 +75,7 @@ def leaves_nothing():
     ("def f(:", "f()", "SyntaxError"), ("class E(Exception): pass\ndef f(): raise E", "f()", "Exception"),
     ("def f(): assert False", "f()", "AssertionError"), ("import sys\nsys.exit(0)", "f()", "SystemExit"),
     ("def f(): return print", "f()", "TypeError"), ("def f(x): return x", "f(print)", "wrong"),
-    ("def f(): return None", "assert f() < 3", "wrong"), (None, "f()", "NameError"), (None, "assert True", "passed"),
+    ("def f(): return None", "assert f() < 3", "wrong"), (None, "f()", "wrong"), (None, "assert True", "passed"),
 ))
 def test_a_test_says_whether_the_program_is_right(program, test, said):
     assert run_tests(program, [test], "f") == [said]
@@ -108,9 +108,9 @@ def test_what_is_packed_comes_back_as_it_was_and_as_plain():
             return True
         __hash__ = int.__hash__
 
-    value = (1, [2.5, "x", None, True], {"a": {3}, 4: frozenset((5,))}, b"\0", 1j, -10 ** 50)
+    value = (1, [2.5, "x", None, True], {"a": {3}, 4: frozenset((5,))}, b"\0", -10 ** 50)
     assert unpack(pack(value)) == value and type(unpack(pack(Everything(3)))) is int
-    for wrong in (["print", [1]], ["list"], ["dict", [1]], ["set", [["list", []]]], {}, ["bytes", "x"], ["complex", [1, 2, 3]]):
+    for wrong in (["print", [1]], ["list"], ["dict", [1]], ["set", [["list", []]]], {}, ["bytes", "x"]):
         with pytest.raises(ValueError):
             unpack(wrong)
     with pytest.raises(TypeError):
