@@ -238,6 +238,26 @@ def test_the_page_of_the_ladder_shows_the_committed_numbers():
     assert table["seeds"] == 3 and table["n"] == 512
 
 
+def test_the_figures_of_one_seed_are_those_of_the_committed_run():
+    """docs/r1-one-seed: the table of docs/r1.md, the README's, and every paired difference that they name."""
+    folder, page, readme = ROOT / "docs" / "r1-one-seed", *((ROOT / name).read_text() for name in ("docs/r1.md", "README.md"))
+    table = json.loads((folder / "table.json").read_text())
+    assert "\n".join(r1.markdown(table).splitlines()[2:]) in page and f"{table['minutes_of_a_seed']:.0f} minutes" in page
+    for name, row in table["rows"].items():
+        own = json.loads((folder / f"{name}.json").read_text())
+        assert own["pass@1"] == row["pass@1"] and (own["n"], own["samples"], own["settings"]["split"]) == (512, 4, "test")
+        assert (f"| {row['label']} | {row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}) | "
+                f"{row['pass@1_4_numbers']:.1%} | {row['language']:.1%} | {row['needless_thinking']:.1%} | "
+                f"{row['completion_tokens']:.0f} | {row['minutes']:.1f} |") in readme
+    pairs = {(a, b): statistics.difference(*([statistics.read_scores(folder / f"{name}.json")] for name in (a, b)))
+             for a, b in (("zero-language", "zero"), ("cold-start", "zero"), ("rl-all", "zero"), ("hacking", "rl-all"),
+                          ("distill", "student-rl"), ("distill-rl", "distill"), ("rl", "cold-start"), ("sft", "rl"),
+                          ("rl-all", "sft"))}
+    for own in list(pairs.values())[:6]:
+        assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in page
+    assert {own.verdict() for own in list(pairs.values())[6:]} == {"not told apart"}
+
+
 def test_the_figures_by_hand_are_those_of_the_committed_evaluations():
     """Rows and paired differences of docs/r1.md's first table."""
     folder, page = ROOT / "docs" / "r1-by-hand", (ROOT / "docs" / "r1.md").read_text()
