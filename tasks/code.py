@@ -248,8 +248,9 @@ def program_format(text: str) -> float:
 
 @lru_cache(maxsize=4096)  # a group's completions are often the same program
 def verdicts(program: str | None, tests: str, entry_point: str, sandbox: str) -> list[str]:
-    from machinery.runner import run_tests
-    return run_tests(program, json.loads(tests), entry_point, sandbox=sandbox)
+    from machinery.runner import Limits, run_tests
+    limits = Limits() if program else Limits(wall=1.0)  # a test alone takes no time
+    return run_tests(program, json.loads(tests), entry_point, sandbox=sandbox, limits=limits)
 
 
 def checked_row(row: dict) -> dict:
@@ -319,7 +320,7 @@ class Programs:
             raise ValueError(str(error)) from None
         if missing:
             note(f"programs of {path} run without limits of {', '.join(missing)}, which this system does not give: see "
-                 "docs/code.md")
+                 "docs/code.md", "runner")
         rows, seen = [], {}
         for number, row in enumerate(read_jsonl(path), 1):
             try:
