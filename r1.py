@@ -68,12 +68,12 @@ class Config:
 
     def __post_init__(self):
         find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)
-        names = [task.name for task in find_tasks(f"{self.task}=3,{self.beside}", style=self.style, sandbox=self.sandbox)]
-        if "general" not in names:
-            raise ValueError(f"got beside {self.beside!r}, expected general in it: the reward model judges its prompts")
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
+        names = [task.name for task in find_tasks(f"{self.task}=3,{self.beside}", style=self.style, sandbox=self.sandbox)]
+        if "general" not in names:
+            raise ValueError(f"got beside {self.beside!r}, expected general in it: the reward model judges its prompts")
         if self.seed >= self.seeds:
             raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
         if self.pairs < 8:

@@ -162,6 +162,8 @@ def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
     (("--level", "hard"), ("got level 'hard'",)),
     (("--seeds", 0), ("at least 1",)),
     (("--model", "models/none"), ("models/none",)),
+    (("--beside", "code=1"), ("got beside 'code=1', expected general in it",)),
+    (("--beside", "chess=1,general=1"), ("got task 'chess'",)),
 ))
 def test_bad_flags_are_refused(flags, says, tmp_path, refused):
     refused(r1, "--out", tmp_path / "out", *flags, says=says)

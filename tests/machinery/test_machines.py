@@ -61,7 +61,8 @@ def test_text_files_are_utf8_whatever_the_system_says(path):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb") for a in node.args)
+        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "w+b") for a in node.args) or ast.unparse(
+            node.func) == "os.open"
         if name in ("write_text", "open") and not binary or name == "read_text" and isinstance(node.func, ast.Attribute):
             assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}, line {node.lineno}"
 

@@ -88,7 +88,6 @@ def test_the_seam_draws_asks_and_knows_solutions(task):
     (row(99, tests=["assert add99(1) =="]), "that is no Python"), (row(99, tests=[3]), "has a test 2 '3'"),
     (row(99, tests=[{"stdin": "1"}]), "has a test 2"), (row(99, tests=[{"stdin": "", "stdout": " "}]), "wants nothing printed"),
     (row(99, tests=["def check(f): assert f(1) == 100"]), "passes without a program"),
-    (row(99, tests=["while True: pass"]), "that never ends"),
     (row(99, solution="def add99(x): return x"), "has a solution that fails test 1 (assert add99(0) == 99): wrong"),
     (row(99, solution="def add(x): return x + 99"), "the entry_point 'add99', which its solution never defines"),
     (row(99, solution="def add99(x): return y"), "fails test 1 (assert add99(0) == 99): NameError"),
@@ -98,6 +97,15 @@ def test_a_wrong_row_is_refused_with_file_and_line(wrong, says, tmp_path, refuse
     path = write(tmp_path / "mine.jsonl", wrong)
     monkeypatch.setattr(evaluate, "load", None)  # before any model is loaded
     refused(evaluate, "--task", path, says=(path, says))
+
+
+def test_a_test_that_never_ends_is_refused(tmp_path, refused, monkeypatch):
+    """The runner says so of one: tests/machinery/test_runner.py."""
+    said = {None: "wrong", "unending": "unending"}
+    monkeypatch.setattr(runner, "run_tests", lambda program, tests, *_, **more: [
+        said.get("unending" if "while" in test else program, "passed") for test in tests])
+    path = write(tmp_path / "mine.jsonl", row(99, tests=["while True: pass"]))
+    refused(evaluate, "--task", path, says=(path, "line 13 has a test 2 (while True: pass) that never ends"))
 
 
 @pytest.mark.parametrize("flags, says", (
