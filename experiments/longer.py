@@ -70,8 +70,9 @@ def stage(config: Config, arm: str, seed: int) -> Stage:
                  f"{ARMS[arm]} --seed {seed} --out {folder}/{name}")
 
 
-def measure(config: Config, arm: str, seed: int) -> dict:
-    puzzles = sample_puzzles(config.n, split="test", seed=0)
+def measure(config: Config, arm: str, seed: int, split: str = "test") -> dict:
+    """At temperature 1. The run's own curve is at the arm's temperature, and so no basis for a choice."""
+    puzzles = sample_puzzles(config.n, split=split, seed=0)
     checkpoint = config.model if arm == "base" else stage(config, arm, seed).out / "checkpoint"
     return endings.measure(checkpoint, puzzles, samples=config.samples, max_new_tokens=config.max_new_tokens, seed=seed)
 
@@ -96,8 +97,9 @@ def collect(config: Config) -> dict:
     for arm in ARMS:
         tables = [piece(seed_folder(config, seed), arm) for seed in seeds_of(config, arm)]
         runs[arm] = list(map(scores_of, tables))
+        chosen_by = [scores_of(piece(seed_folder(config, seed), f"{arm} validation")) for seed in seeds_of(config, arm)]
         shared = min(len(runs[arm]), len(runs["default"]))
-        arms[arm] = {"pass@1": measured(runs[arm]), "minus default": paired(runs[arm][:shared], runs["default"][:shared]),
+        arms[arm] = {"pass@1": measured(runs[arm]), "validation": measured(chosen_by), "minus default": paired(runs[arm][:shared], runs["default"][:shared]),
                      "endings": tables[0]["endings"], "curves": [curve(config, arm, seed) for seed in seeds_of(config, arm)]}
     budget = min(rows[-1]["tokens"] for arm in arms.values() for rows in arm["curves"])
     for arm in arms.values():
@@ -130,12 +132,13 @@ def table(record: dict) -> str:
     rows = []
     for name, arm in record["arms"].items():
         last = arm["curves"][0][-1]
-        rows.append([name, text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
+        rows.append([name, text(arm["validation"]), text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
                      "" if name == "default" else points(arm["minus default"]),
                      " ".join(f"{share:.1%}" for share in arm["validation at equal tokens"]),
                      f"{last['tokens'] / 1e6:.1f}", f"{last['entropy']:.3f}" if "entropy" in last else ""])
     found = {"base": {"endings": record["base"]}} | record["arms"]
-    return (markdown(["arm", "test pass@1", "of the seeds", "minus default, paired", "validation at equal tokens",
+    return (markdown(["arm", "validation pass@1", "test pass@1", "of the seeds", "minus default, paired",
+                      "validation at equal tokens, the arm's temperature",
                       "sampled tokens, millions", "entropy at the end"], rows)
             + "\n\n" + endings.table(found))
 
@@ -155,9 +158,11 @@ def main() -> None:
         for seed in seeds_to_run(config):
             if seed in seeds_of(config, arm):
                 folder = seed_folder(config, seed)
-                if not has_pieces(folder, [arm]):
-                    run_stages(folder, [stage(config, arm, seed)], "python -m experiments.longer")
+                if not has_pieces(folder, [arm, f"{arm} validation"]):
+                    own = stage(config, arm, seed)
+                    run_stages(folder, [own], "python -m experiments.longer", lock=f"{own.name}.lock")
                 piece(folder, arm, lambda: measure(config, arm, seed))
+                piece(folder, f"{arm} validation", lambda: measure(config, arm, seed, "validation"))
     piece(seed_folder(config, 0), "base", lambda: measure(config, "base", 0))
     if config.seed < 0 and not config.arm:
         finish(config, "longer", collect(config), draw, table, verdict)

@@ -100,13 +100,14 @@ def wait_for(file) -> None:
                 pass
 
 
-def run_stages(folder: Path, stages: list[Stage], go_on: str) -> None:
-    """One process at a time in a folder: a second terminal waits here for the base that both need."""
+def run_stages(folder: Path, stages: list[Stage], go_on: str, lock: str = "lock") -> None:
+    """One process at a time in a folder: a second terminal waits here for the base that both need. lock: another file, for
+    stages that nobody shares."""
     folder.mkdir(parents=True, exist_ok=True)
     with bad_input_exits():
         check_stages(stages)
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
-        wait_for(lock)
+    with open(folder / lock, "w", encoding="utf-8") as file:
+        wait_for(file)
         for stage in tqdm(stages, desc=str(folder), unit="stage"):
             run_stage(folder, stage, stages, go_on)
 
