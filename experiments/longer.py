@@ -99,7 +99,8 @@ def collect(config: Config) -> dict:
         runs[arm] = list(map(scores_of, tables))
         chosen_by = [scores_of(piece(seed_folder(config, seed), f"{arm} validation")) for seed in seeds_of(config, arm)]
         shared = min(len(runs[arm]), len(runs["default"]))
-        arms[arm] = {"pass@1": measured(runs[arm]), "validation": measured(chosen_by), "minus default": paired(runs[arm][:shared], runs["default"][:shared]),
+        arms[arm] = {"pass@1": measured(runs[arm]), "validation": measured(chosen_by),
+                     "minus default": paired(runs[arm][:shared], runs["default"][:shared]),
                      "endings": tables[0]["endings"], "curves": [curve(config, arm, seed) for seed in seeds_of(config, arm)]}
     budget = min(rows[-1]["tokens"] for arm in arms.values() for rows in arm["curves"])
     for arm in arms.values():
@@ -132,7 +133,8 @@ def table(record: dict) -> str:
     rows = []
     for name, arm in record["arms"].items():
         last = arm["curves"][0][-1]
-        rows.append([name, text(arm["validation"]), text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
+        rows.append([name, text(arm["validation"]), text(arm["pass@1"]),
+                     " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
                      "" if name == "default" else points(arm["minus default"]),
                      " ".join(f"{share:.1%}" for share in arm["validation at equal tokens"]),
                      f"{last['tokens'] / 1e6:.1f}", f"{last['entropy']:.3f}" if "entropy" in last else ""])
