@@ -232,7 +232,7 @@ def start(config: Config):
         run, judge = open_run(config), None
         tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
-                   for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit? And 20 steps:
+                   for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit? And of 20 steps:
         prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in
                     draw_problems(tasks, config.batch_size // config.group_size, random.Random(seed))]
         prompts += [task.prompt(problem, config.style, run.tokenizer) for task in tasks

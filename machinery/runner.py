@@ -50,7 +50,6 @@ CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWIPC = 0x20000, 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, AT_RECURSIVE, SYS_mount_setattr = 1, 2, 4, 0x8000, 442
 
-
 # of each test: seconds of the processor, seconds, bytes of address space, bytes of a file, and of what is printed or returned
 Limits = namedtuple("Limits", "cpu wall memory written", defaults=(2, 4.0, 512 << 20, 1 << 20))
 
@@ -231,12 +230,13 @@ def supervise() -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
+    if folder != "/":
+        os.chmod(folder, 0o711)  # root's child becomes nobody
     for number, test in enumerate(job["tests"]):
         with starting:
             if folder != "/":
                 os.mkdir(own := os.path.join(folder, str(number)))
-                os.chmod(own, 0o777)  # root's child becomes nobody
-                os.chmod(folder, 0o711)
+                os.chmod(own, 0o777)
             if job["program"] is not None:
                 child = Child(own, job["sandbox"], limits, job["missing"])
         verdict = verdict_of(test, job["program"], job["entry_point"], child)

@@ -46,7 +46,8 @@ def by_split(path: Path, rows: list[dict]) -> dict[str, list[dict]]:
     found = {split: [row for row in rows if split_of(same_words(row["question"])) == split] for split in SPLITS}
     if not all(found.values()):
         counts = ", ".join(f"{len(own)} are for {split}" for split, own in found.items())
-        raise ValueError(f"got {path} with {len(rows)} questions, of which {counts}; expected some of each: bring more")
+        questions = {same_words(row["question"]) for row in rows}
+        raise ValueError(f"got {path} with {len(questions)} questions, of which {counts}; expected some of each: bring more")
     return found
 
 
