@@ -22,6 +22,7 @@ from pathlib import Path
 from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
+from machinery.judging import Judging, check_judges
 from machinery.run_folder import check_new_file, write_json
 from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
@@ -48,6 +49,8 @@ class Config:
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
+    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     show: int = 0                    # print this many completions with their verdicts
     json: str = ""                   # also write the settings and the table to this file
     seed: int = 0                    # which puzzles, and the sampling
@@ -62,6 +65,7 @@ class Config:
         if min(self.samples, self.max_new_tokens, self.slots) < 1 or min(self.n, self.shots) < 0:
             raise ValueError("expected samples, max_new_tokens and slots of at least 1, n and shots of at least 0")
         check_dtype(self.dtype)
+        check_judges(self.judges, self.verdict_seconds)
         if not (self.temperature == 0 or self.temperature >= 0.01) or not 0 < self.top_p <= 1:
             raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, "
                              "expected at least 0.01, or 0 for greedy, and within (0, 1]")
@@ -105,8 +109,8 @@ def mean(values) -> float:
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of dictionaries with the same names."""
-    return {name: mean(row[name] for row in rows) for name in rows[0]} if rows else {}
+    """Of dictionaries, each name over those that have it: nothing is watched where a verdict came too late."""
+    return {name: mean(row[name] for row in rows if name in row) for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -171,10 +175,12 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     check_numbers(tokenizer, prompts, config.style)
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
+    judging = Judging([(task, problem) for problem in drawn], config.judges, config.verdict_seconds)
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],
-                                     max_new_tokens=config.max_new_tokens, progress=f"{config.split} problems", **settings)
-    scored = [task.seam.score(problem, text) for problem, text in zip(drawn, texts)]  # (parts, verdict) each
-    right = [[verdict == "correct" for _, verdict in scored[i:i + k]] for i in range(0, len(scored), k)]
+                                     max_new_tokens=config.max_new_tokens, progress=f"{config.split} problems",
+                                     finished=judging.begin, **settings)
+    judged = judging.verdicts(texts)
+    right = [[one.verdict == "correct" for one in judged[i:i + k]] for i in range(0, len(judged), k)]
     shares = [sum(row) / k for row in right]
     pass_1 = sum(shares) / n
     low, high = wilson_interval(pass_1, n)
@@ -185,17 +191,17 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
             table[f"pass@{size}"] = sum(pass_at_k(k, sum(row), size) for row in right) / n
         table[f"maj@{k}"] = sum(task.vote_is_right(problem, texts[i * k:(i + 1) * k])
                                 for i, problem in enumerate(problems)) / n
-    parts = means([parts for parts, _ in scored])
+    parts = means([one.parts for one in judged])
     parts.pop("accuracy", None)  # it is pass@1
-    table |= parts | means([task.watch(problem, text) for problem, text in zip(drawn, texts)])
+    table |= parts | means([one.watched for one in judged])
     table |= looks(texts, completions, config.language)
     table |= by_group("completion_tokens", list(map(task.group, drawn)), [len(c.token_ids) for c in completions])
     if task.name == "countdown":
-        table["wrong_numbers"] = mean(verdict.startswith("uses") for _, verdict in scored)
+        table["wrong_numbers"] = mean(one.verdict.startswith("uses") for one in judged)
         if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
             table |= evaluate_general(model, tokenizer, n, config, settings)
-    records = [{**as_dict(problem), "key": task.seam.key(problem), "prompt": prompts[i // k], "completion": text, "verdict": verdict}
-               for i, (problem, text, (_, verdict)) in enumerate(zip(drawn, texts, scored))]
+    records = [{**as_dict(problem), "key": task.seam.key(problem), "prompt": prompts[i // k], "completion": text,
+                "verdict": one.verdict} for i, (problem, text, one) in enumerate(zip(drawn, texts, judged))]
     return table, records
 
 

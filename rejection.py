@@ -31,6 +31,7 @@ from machinery.checkpoints import (DTYPES, check_device, check_dtype, end_tokens
                                    read_hf_config)
 from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
+from machinery.judging import Judging, check_judges
 from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
 from machinery.tasks import as_dict, find_tasks, shares
 from machinery.text import check_room, check_style_fits
@@ -65,6 +66,8 @@ class Config:
     rounds: int = 1                  # after each but the last, fine-tune --base on all rows so far and sample from that
     base: str = "models/tiny-base"   # what --rounds fine-tunes
     sft_flags: str = "--learning-rate 1e-3 --epochs 2"  # flags of sft.py for --rounds
+    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
     dtype: str = "float32"           # what the model computes in: float32 or bfloat16
     seed: int = 0                    # which puzzles, and the sampling
@@ -73,6 +76,7 @@ class Config:
     def __post_init__(self):
         shares(find_tasks(self.task, self.level, self.weights, self.style, sandbox=self.sandbox), self.n)
         check_dtype(self.dtype)
+        check_judges(self.judges, self.verdict_seconds)
         check_positive(self, "n", "samples", "temperature", "max_new_tokens", "max_tokens", "max_repeats",
                        "per_puzzle", "rounds", "slots")
         if self.language not in ONLY_IN:
@@ -149,15 +153,16 @@ def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, sou
     """The completions of at_once problems from start on, filtered. Each has its own random stream (sampling.py), so
     chunks change no token."""
     repeated = [i for i in range(start, min(start + at_once, len(drawn))) for _ in range(config.samples)]
+    judging = Judging([drawn[i] for i in repeated], config.judges, config.verdict_seconds)
     _, completions, texts = complete(
         model, tokenizer, [prompts[i] for i in repeated], style=config.style, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, slots=config.slots, first_index=start * config.samples,
-        seed=random.Random(f"{config.seed}, {round_}").getrandbits(32))
+        seed=random.Random(f"{config.seed}, {round_}").getrandbits(32), progress="sampling", finished=judging.begin)
     rows, dropped, seen = [], Counter(), Counter()
-    for index, (i, completion, text) in enumerate(zip(repeated, completions, texts), start * config.samples):
+    for index, (i, completion, text, judged) in enumerate(zip(repeated, completions, texts, judging.verdicts(texts)),
+                                                          start * config.samples):
         task, problem = drawn[i]
-        parts, verdict = task.seam.score(problem, text)
-        score = {name: value for name, value in parts.items() if task.weights.get(name)}, verdict
+        score = {name: value for name, value in judged.parts.items() if task.weights.get(name)}, judged.verdict
         reason = next((f.__name__ for f in FILTERS if not f(text, completion, score, config)), None)
         if reason is None:
             reason = "duplicates" if seen[i, text] else "per_puzzle" if seen[i] == config.per_puzzle else None

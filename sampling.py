@@ -71,10 +71,11 @@ def sample_plainly(model, prompts: list[list[int]], *, max_new_tokens: int, temp
     return completions
 
 
-def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny", check_ends: bool = True,
+def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny", check_ends: bool = True, finished=None,
              **settings) -> tuple[list[list[int]], list[Completion], list[str]]:
     """Text in, text out: -> prompt ids, completions, and their texts as rewards read them. style: of the prompts;
-    check_ends: say so where not one completion ends; settings go to sample().
+    check_ends: say so where not one completion ends; finished(index, text) is called when a completion has ended, while
+    others still write, and says how many of them are judged (machinery/judging.py); settings go to sample().
 
     The text has no EOS, and where a prompt already ends in <think> the tag is put back, with the white space behind it,
     so that rewards always see <think>...</think>."""
@@ -83,12 +84,19 @@ def complete(model, tokenizer, prompts: list[str], *, style: str = "tiny", check
     check_unknown(tokenizer, different, different_ids, "the prompts")
     ids_of = dict(zip(different, different_ids))
     prompt_ids = [ids_of[prompt] for prompt in prompts]
-    completions = sample(model, prompt_ids, eos_ids=eos_ids, **settings)
+    texts = {}
+
+    def text_of(index: int, completion: Completion) -> str:
+        if index not in texts:
+            text, = decode(tokenizer, [completion.token_ids if completion.truncated else completion.token_ids[:-1]])
+            texts[index] = opened_thinking(prompts[index]) + text
+        return texts[index]
+
+    completions = sample(model, prompt_ids, eos_ids=eos_ids, **settings,
+                         finished=finished and (lambda index, completion: finished(index, text_of(index, completion))))
     if check_ends:
         check_truncated(completions, tokenizer.convert_ids_to_tokens(sorted(eos_ids)))
-    without_eos = [c.token_ids if c.truncated else c.token_ids[:-1] for c in completions]
-    texts = [opened_thinking(prompt) + text for prompt, text in zip(prompts, decode(tokenizer, without_eos))]
-    return prompt_ids, completions, texts
+    return prompt_ids, completions, [text_of(index, completion) for index, completion in enumerate(completions)]
 
 
 # ------------------------------------------------------------------------------------------------------------ one token
@@ -177,6 +185,12 @@ class Rows:
         self.last[rows] = tokens
         self.owner[rows] = owner.masked_fill(stopped, self.N)
 
+    def completion(self, index: int, eos_ids) -> Completion:
+        """One that has ended."""
+        n = self.lengths[index].item()
+        tokens, logprobs = self.tokens[index, :n].tolist(), self.logprobs[index, :n].tolist()
+        return Completion(tokens, logprobs, truncated=tokens[-1] not in eos_ids)
+
     def step(self) -> None:
         """Every row's last token goes into the cursor's column, and the next one is chosen."""
         self.mask.index_fill_(1, self.cache.cursor, 0.0)
@@ -222,13 +236,14 @@ class Rows:
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            eos_ids, seed: int, slots: int = 256, first_index: int = 0, static: bool | None = None,
-           progress: str = "") -> list[Completion]:
+           progress: str = "", finished=None) -> list[Completion]:
     """One completion per prompt, in the order of prompts; repeat a prompt to get a group.
 
     slots: rows that decode at the same time; a memory and speed setting that does not change the tokens.
     first_index: the random stream of the first completion, so that several processes can share one list of prompts.
     static: decode with fixed shapes, in CUDA graphs where there is a GPU; None: only on a GPU.
     progress: the name of a progress bar, shown where it takes longer than 2 seconds; empty: none.
+    finished(index, completion): called when a completion has ended, with what it returns, if not 0, beside the bar.
     Raises ValueError for an empty prompt, or where prompt and max_new_tokens together exceed the model's context, and
     BrokenWeights where log-probs are not finite."""
     config, device = model.config, model.lm_head.weight.device
@@ -256,6 +271,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
     queue = deque(range(len(prompts)))  # indices of completions that have not begun
     uses_left = Counter(map(tuple, prompts))  # how many completions still need a prompt's keys and values
     prefilled = {}  # prompt -> its keys, values and last logits
+    writing, completions = set(), [None] * len(prompts)  # indices of completions that are being written; those that are
     bar = tqdm(total=len(prompts), desc=progress, unit="completion", delay=2, mininterval=1, leave=False,
                disable=not progress)
 
@@ -264,6 +280,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         starting = {}  # prompt -> (row, index of the completion) pairs
         for row in free[:len(queue)]:
             index = queue.popleft()
+            writing.add(index)
             starting.setdefault(tuple(prompts[index]), []).append((row, index))
         prefilled.update(prefill(model, [prompt for prompt in starting if prompt not in prefilled]))
         for prompt, pairs in starting.items():
@@ -277,9 +294,14 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
 
     while True:
         # 1. which rows have stopped; they take the next prompts
-        done = (rows.owner == rows.N).tolist()  # this waits for the device
-        live = [row for row, stopped in enumerate(done) if not stopped]
-        free = [row for row, stopped in enumerate(done) if stopped]
+        owner = rows.owner.tolist()  # this waits for the device
+        live = [row for row, index in enumerate(owner) if index < rows.N]
+        free = [row for row, index in enumerate(owner) if index == rows.N]
+        for index in sorted(writing.difference(owner)):
+            completions[index] = rows.completion(index, eos_ids)
+            if finished and (judged := finished(index, completions[index])):
+                bar.set_postfix(judged=judged, refresh=False)
+        writing.intersection_update(owner)
         bar.update(len(prompts) - len(queue) - len(live) - bar.n)
         if queue and free:
             fill(free)
@@ -289,13 +311,13 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
 
         # 2. a row that is free here stays free, since no prompt is left: drop stopped rows, where that pays for moving
         #    others into their places: once over an eighth has stopped; under CUDA graphs by halves, a graph a size
-        size = len(done)
+        size = len(owner)
         if static:
             while len(live) <= size // 2:
                 size //= 2
         elif len(free) > size // 8:
             size = len(live)
-        if size < len(done):
+        if size < len(owner):
             rows.shrink(size, live)
 
         # 3. the columns in use, and room for the next ones
@@ -316,9 +338,7 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
                 cache.end += 1  # StaticKVCache moves only the cursor on the device
     bar.close()
     check_finite(rows.logprobs[:-1], model.source)
-    tokens, logprobs, lengths = rows.tokens.tolist(), rows.logprobs.tolist(), rows.lengths.tolist()
-    return [Completion(tokens[i][:n], logprobs[i][:n], truncated=tokens[i][n - 1] not in eos_ids)
-            for i, n in enumerate(lengths[:-1])]
+    return completions
 
 
 def prefill(model, prompts: list[tuple[int, ...]]):

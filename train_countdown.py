@@ -10,18 +10,16 @@
 The algorithm, one step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
     1. draw P train problems
-    2. sample G completions of each
+    2. sample G completions of each; while some are still being written, those that have ended are judged
     3. reward them: accuracy, format, whatever else the task weighs
     4. advantages: who beat the group's mean, and by how much
     5. log-probs of the same tokens under ref_policy, only with --kl-coef
     6. update the policy on the tokens of all groups that say something (with a KL: of all)
     7. log; now and then evaluate on validation puzzles, print a sample, save
 
-Where we differ from the paper, on purpose: the loss is averaged over tokens, not over completions (grpo.py says why);
-no KL by default, since rules are harder to fool than a learnt judge and the reference would cost one more forward pass;
-batch 256, one update a batch, so that the ratio is 1, up to rounding, and the clip idle unless --inner-epochs says
-otherwise; a learning rate for 0.8M parameters. You see accuracy and thinking time rise together; the last line says
-pass@1 before -> after; `python -m machinery.rollouts RUN --show 12` prints all completions of step 12.
+One update a batch, so that the ratio is 1, up to rounding, and the clip idle unless --inner-epochs or --stale says
+otherwise; no KL unless asked for: the README's last table says where we differ from the paper, and why.
+`python -m machinery.rollouts RUN --show 12` prints all completions of step 12.
 
 Shapes: P problems, G completions of each, B = P * G sequences, N of them trained on, b of these in a micro-batch, T
 tokens, M max_new_tokens. With several processes (machinery/distributed.py) P, B and N are this process's own; what
@@ -33,6 +31,7 @@ import machinery  # noqa: F401, I001  (first: from here on Ctrl-C ends in one li
 import math
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +42,16 @@ from grpo import group_advantages, grpo_loss, token_weights
 from machinery import distributed
 from machinery.batching import aligned, micro_batches, pad_batch, score, token_logprobs
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens
-from machinery.data import fingerprint, read_jsonl
+from machinery.data import fingerprint
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits,
                              out_of_memory_exits, parse_config)
+from machinery.judging import Judging, NO_VERDICT, check_judges
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
 from machinery.notes import check_learning_rate
 from machinery.optimizer import clip_gradients
-from machinery.plots import plot_run
 from machinery.presets import PRESETS
-from machinery.rl_run import (Run, log, open_run, sampling_weights, save, save_or_stop, stop_on_broken_gradient,
+from machinery.rl_run import (Run, finish, log, open_run, sampling_weights, save, save_or_stop, stop_on_broken_gradient,
                               trained_source)
 from machinery.rollouts import KEPT, Rollout, collect
 from machinery.run_folder import append_jsonl, create_run
@@ -81,6 +80,7 @@ class Config:
     weight_decay: float = 0.0        # decoupled; pulling a good policy towards zero helps nothing
     clip_norm: float = 1.0           # gradient norm limit
     inner_epochs: int = 1            # passes over the same completions; above 1: off-policy, ratio and clip matter
+    stale: int = 0                   # steps that sampling is ahead of training, while slow verdicts come; off-policy, too
     clip_low: float = 0.2            # the ratio's lower clip, 1 - clip_low
     clip_high: float = 0.2           # the ratio's upper clip, 1 + clip_high; DAPO's clip-higher: 0.28
     kl_coef: float = 0.0             # weight of the k3 KL to the reference, per token; DeepSeek-R1-Zero: 0.001
@@ -108,6 +108,8 @@ class Config:
     rollouts: str = "every"          # completions kept in rollouts.jsonl: every, sampled (steps with a sample) or none
     micro_batch_tokens: int = 2048   # tokens per training pass, padding included; memory and speed, never the loss
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
+    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     dtype: str = "float32"           # what the model computes in: float32, or bfloat16 with fp32 master weights
     activation_checkpointing: bool = False  # keep a block's input only, compute the rest again in the backward pass
     offload_optimizer: bool = False  # master weights and AdamW's moments in host memory
@@ -119,7 +121,7 @@ class Config:
 
 
 # what may change when a run is resumed, since it changes memory, speed and logs and not the algorithm
-CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts")
+CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts", "judges", "verdict_seconds")
 
 
 @broken_weights_exit()
@@ -129,29 +131,20 @@ CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts")
                  "--resume RUN takes that flag too")
 def main() -> None:
     config = parse_config(Config, __doc__, presets=PRESETS, changeable=CHANGEABLE)
-    run, tasks, judge = start(config)
-    all_P, G, policy = config.batch_size // config.group_size, config.group_size, run.policy
+    run, tasks, reward_model = start(config)
+    G, policy, ahead = config.group_size, run.policy, deque()  # batches that are sampled and not yet trained on
 
     while run.step < config.steps:
         step_started = time.time()
 
-        # 1. train problems, drawn by seed and step alone, so that a resumed run draws the same ones
-        rng = random.Random(f"{config.seed}, {run.step}")
-        mixed = not config.mix_steps or run.step >= config.steps - config.mix_steps
-        all_problems = draw_problems(tasks if mixed else tasks[:1], all_P, rng)  # all_P (task, problem) pairs
-        problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B: its own P, each G times
-        prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
-
-        # 2. a completion of each of the B prompts, with the log-probs of the policy that sampled them
-        with sampling_weights(run) as old_policy:  # the same weights, as the sampler wants them (LoRA, FSDP)
-            prompt_ids, completions, texts = complete(
-                old_policy, run.tokenizer, prompts, style=config.style, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, seed=rng.getrandbits(32), first_index=run.own_groups.start * G,
-                slots=config.slots, progress="sampling")  # B each
+        # 1. and 2. a completion of each of B prompts; with --stale also those of the next steps, while judges think
+        while len(ahead) <= config.stale and run.step + len(ahead) < config.steps:
+            ahead.append(roll_out(run, tasks, run.step + len(ahead), config))
+        problems, prompts, prompt_ids, completions, texts, judging = ahead.popleft()  # B each
         sampling_seconds = time.time() - step_started
 
         # 3. rewards: a puzzle's accuracy and format, its language with --weights; a general prompt's preference
-        scores = score_completions(problems, prompts, texts, judge, config.language)  # B
+        scores = score_completions(problems, prompts, texts, reward_model, config.language, judging.verdicts(texts))  # B
         rewards = torch.tensor([score.reward for score in scores]).view(-1, G)  # (P, G)
 
         # 4. advantages: how far above or below the mean of its group a completion is
@@ -186,17 +179,39 @@ def main() -> None:
     finish(run)
 
 
+def roll_out(run: Run, tasks: tuple[Task, ...], step: int, config: Config) -> tuple:
+    """All ranks: -> (problems, prompts, prompt ids, completions, texts), B each, and the Judging that has their verdicts."""
+    # 1. train problems, drawn by seed and step alone, so that a resumed run draws the same ones
+    rng, G = random.Random(f"{config.seed}, {step}"), config.group_size
+    mixed = not config.mix_steps or step >= config.steps - config.mix_steps
+    all_problems = draw_problems(tasks if mixed else tasks[:1], config.batch_size // G, rng)  # (task, problem) pairs
+    problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B: its own P, each G times
+    prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
+
+    # 2. a completion of each of the B prompts; each is handed to the judges when it ends
+    judging = Judging(problems, config.judges, config.verdict_seconds)
+    with sampling_weights(run) as old_policy:  # the policy's weights, as the sampler wants them (LoRA, FSDP)
+        prompt_ids, completions, texts = complete(
+            old_policy, run.tokenizer, prompts, style=config.style, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, seed=rng.getrandbits(32), first_index=run.own_groups.start * G,
+            slots=config.slots, progress="sampling", finished=judging.begin)  # B each
+    return problems, prompts, prompt_ids, completions, texts, judging
+
+
 # ---------------------------------------------------------------------------------------------------------- the beginning
 def check(config: Config) -> None:
     tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
     if config.average not in ("token", "sequence", "constant"):
         raise ValueError(f"got average {config.average!r}, expected token, sequence or constant")
     check_dtype(config.dtype)
+    check_judges(config.judges, config.verdict_seconds)
+    if not 0 <= config.stale <= 8 or config.stale and config.inner_epochs > 1:
+        raise ValueError(f"got stale {config.stale} and inner_epochs {config.inner_epochs}, expected 0 to 8 steps, and one epoch "
+                         "where it is above 0: the ratio cannot carry both")
     if config.rollouts not in KEPT:
         raise ValueError(f"got rollouts {config.rollouts!r}, expected one of {', '.join(KEPT)}")
-    check_positive(config, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature",
-                   "learning_rate", "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every",
-                   "save_every", "sample_every")
+    check_positive(config, "steps", "batch_size", "max_new_tokens", "slots", "lora_alpha", "temperature", "learning_rate",
+                   "inner_epochs", "micro_batch_tokens", "clip_norm", "eval_every", "save_every", "sample_every")
     if any("preference" in task.weights for task in tasks) and not config.preference:
         raise ValueError(f"got --task {config.task}, which weighs preference, expected with it --preference MODEL: "
                          "python preference.py makes one")
@@ -212,24 +227,22 @@ def check(config: Config) -> None:
     if config.batch_size % config.group_size:
         nearest = min((size for size in range(2, config.batch_size + 1) if config.batch_size % size == 0),
                       key=lambda size: abs(size - config.group_size))
-        raise ValueError(f"got group_size {config.group_size}, which must divide batch_size {config.batch_size}; "
-                         f"try {nearest}")
+        raise ValueError(f"got group_size {config.group_size}, which must divide batch_size {config.batch_size}; try {nearest}")
     shares(tasks, config.batch_size // config.group_size)
     if config.lora_rank < 0 or config.lora_rank and (config.fsdp or config.ref_every):
-        raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and without --fsdp (adapters are "
-                         "too small to split) and --ref-every (the frozen model is the reference)")
+        raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and neither --fsdp (adapters are too small to "
+                         "split) nor --ref-every (the frozen model is the reference)")
     if config.fsdp and config.offload_optimizer:
-        raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
+        raise ValueError("got --fsdp with --offload-optimizer, expected one: FSDP has split the optimizer")
     if not 0 < config.clip_low < 1 or config.clip_high <= 0 or config.kl_coef < 0 or config.ref_every < 0:
         raise ValueError("expected clip_low within (0, 1), clip_high above 0, kl_coef and ref_every of at least 0")
 
 
 def start(config: Config):
-    """-> (run, tasks, the reward model that judges completions of tasks that weigh "preference" or None). What can be
-    wrong with the input is reported here, before anything is written; a new run is evaluated and saved before its first
-    step."""
+    """-> (run, tasks, the reward model for completions of tasks that weigh "preference" or None). What can be wrong with
+    the input is reported here, before anything is written; a new run is evaluated and saved before its first step."""
     with bad_input_exits():
-        run, judge = open_run(config), None
+        run, reward_model = open_run(config), None
         tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
                    for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit? And of 20 steps:
@@ -238,10 +251,10 @@ def start(config: Config):
         prompts += [task.prompt(problem, config.style, run.tokenizer) for task in tasks
                     for problem in getattr(task.seam, "rows", {}).get("train", ())]  # of a file: all
         if any("preference" in task.weights for task in tasks):
-            judge = load_judge(config.preference, run.tokenizer, config.style, dtype=DTYPES[config.dtype],
-                               device=run.device)
+            reward_model = load_judge(config.preference, run.tokenizer, config.style, dtype=DTYPES[config.dtype],
+                                      device=run.device)
         check_room(run.tokenizer, prompts, config.style, config.max_new_tokens, run.policy.config.context)
-        # what a resumed run reads anew has to be what it was: task files, judge, reference, what adapters stand on
+        # what a resumed run reads anew has to be what it was: task files, reward model, reference, what adapters stand on
         first = [config.model] * bool(config.kl_coef or config.lora_rank)
         files = [task.spec for task in (*tasks, *evaluated_tasks(config)) if task.spec not in BUILT_IN]
         run.inputs = run.inputs or {path: fingerprint(path) for path in (*files, *first, config.preference) if path}
@@ -258,7 +271,7 @@ def start(config: Config):
             append_jsonl(run.folder / "metrics.jsonl", {"step": 0, **before})
         save(run, config)
     run.bar = tqdm(total=config.steps, initial=run.step, desc="grpo", disable=not run.first_rank)
-    return run, tasks, judge
+    return run, tasks, reward_model
 
 
 # ----------------------------------------------------------------------------------------------------- one optimizer step
@@ -355,7 +368,8 @@ def evaluate_policy(run: Run, config: Config) -> dict:
             table, _ = evaluate.evaluate(policy, run.tokenizer, evaluate.Config(
                 task=task.spec, level=task.level, split="validation", style=config.style, n=config.eval_n,
                 temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                language=config.language, sandbox=getattr(task.seam, "sandbox", "")))
+                language=config.language, sandbox=getattr(task.seam, "sandbox", ""), judges=config.judges,
+                verdict_seconds=config.verdict_seconds))
             tqdm.write(f"step {run.step}: validation pass@1 {table['pass@1']:.1%}, {table['completion_tokens']:.0f} tokens "
                        f"a completion{f', {task.name}' if i else ''}")
             found |= {f"eval_{f'{task.name}_' if i else ''}{name}": value for name, value in table.items()}
@@ -376,24 +390,10 @@ def log_row(run: Run, rollouts: list[Rollout], stats: dict, step_started: float,
     tokens, seconds = sum(len(r.completion.token_ids) for r in rollouts), time.time() - step_started
     has_advantage = [any(r.advantage) if isinstance(r.advantage, list) else r.advantage != 0 for r in rollouts]
     equal = [not any(has_advantage[i:i + config.group_size]) for i in range(0, len(rollouts), config.group_size)]
+    late = sum(r.score.verdict.startswith(NO_VERDICT) for r in rollouts)
     return {"step": run.step, **evaluate.describe_step(rollouts, config.language),
-            "equal_groups": sum(equal) / len(equal), **stats, "tokens": tokens, "seconds": seconds,
+            "equal_groups": sum(equal) / len(equal), **stats, **{"no_verdict": late for _ in range(late > 0)}, "tokens": tokens, "seconds": seconds,
             "sampling_seconds": sampling_seconds, "tokens_per_second": tokens / seconds}
-
-
-def finish(run: Run) -> None:
-    run.bar.close()
-    run.stop.end()
-    distributed.stop()
-    if not run.first_rank:
-        return
-    metrics = read_jsonl(run.folder / "metrics.jsonl")
-    plot_run(run.folder)
-    before, after = metrics[0], metrics[-1]
-    print(f"validation pass@1 {before['eval_pass@1']:.1%} -> {after['eval_pass@1']:.1%} "
-          f"(95% interval {after['eval_pass@1_low']:.1%} to {after['eval_pass@1_high']:.1%}, n = {after['eval_n']}), "
-          f"{before['eval_completion_tokens']:.0f} -> {after['eval_completion_tokens']:.0f} tokens a completion, "
-          f"{run.minutes():.1f} minutes; the run is in {run.folder}")
 
 
 if __name__ == "__main__":

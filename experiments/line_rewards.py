@@ -15,12 +15,12 @@ import torch
 from countdown import Puzzle, solve
 from experiments.scorer import score_positions
 from grpo import group_advantages
-from machinery.rl_run import log, sampling_weights, save_or_stop, stop_on_broken_gradient, trained_source
+from machinery.rl_run import finish, log, sampling_weights, save_or_stop, stop_on_broken_gradient, trained_source
 from machinery.rollouts import collect
 from machinery.tasks import draw_problems, score_completions
 from rewards import accuracy_reward, verify
 from sampling import complete
-from train_countdown import evaluate_policy, finish, log_row, loss_divisor, start, update, with_gradient
+from train_countdown import evaluate_policy, log_row, loss_divisor, start, update, with_gradient
 
 MOVE = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)( need| brauche)?,([\d ]+)")
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from machinery import distributed
 from machinery.checkpoints import DTYPES, BrokenWeights, load
-from machinery.data import check_unchanged
+from machinery.data import check_unchanged, read_jsonl
 from machinery.flags import StopRequest, fail
 from machinery.lora import add_lora, merged
 from machinery.memory import check_fits
 from machinery.optimizer import MasterAdamW
+from machinery.plots import plot_run
 from machinery.rollouts import Rollout
 from machinery.run_folder import (append_jsonl, find_checkpoint, load_checkpoint, rewind_log, save_checkpoint,
                                   what_to_do)
@@ -162,3 +163,19 @@ def log(run: Run, row: dict, rollouts: list[Rollout], config) -> None:
     if config.rollouts == "every" or config.rollouts == "sampled" and shown:
         append_jsonl(run.folder / "rollouts.jsonl", *(rollout.row(run.step) for rollout in rollouts))
     append_jsonl(run.folder / "metrics.jsonl", {**row, "minutes": run.minutes()})
+
+
+def finish(run: Run) -> None:
+    """All ranks: the picture, and the last line, which says what came out."""
+    run.bar.close()
+    run.stop.end()
+    distributed.stop()
+    if not run.first_rank:
+        return
+    metrics = read_jsonl(run.folder / "metrics.jsonl")
+    plot_run(run.folder)
+    before, after = metrics[0], metrics[-1]
+    print(f"validation pass@1 {before['eval_pass@1']:.1%} -> {after['eval_pass@1']:.1%} "
+          f"(95% interval {after['eval_pass@1_low']:.1%} to {after['eval_pass@1_high']:.1%}, n = {after['eval_n']}), "
+          f"{before['eval_completion_tokens']:.0f} -> {after['eval_completion_tokens']:.0f} tokens a completion, "
+          f"{run.minutes():.1f} minutes; the run is in {run.folder}")

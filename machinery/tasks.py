@@ -30,11 +30,11 @@ from typing import NamedTuple
 
 from countdown import SPLITS, check_split, check_style, distinct, fill_template
 from machinery.flags import fail
+from machinery.judging import FILLED_IN, Judged, judge
 from rewards import answer_or_text, language_reward
 
 BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "code": "tasks.code", "general": "tasks.general"}
 NAMES = ("LEVELS", "WEIGHTS", "draw", "key", "question", "score", "gold")
-FILLED_IN = ("language", "preference")
 PATIENCE = 1_000_000  # random numbers that a draw may take before its split counts as empty
 
 
@@ -94,14 +94,16 @@ class Score(NamedTuple):
     group: str               # of the problem, "" for a task without groups
 
 
-def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], judge, language: str) -> list[Score]:
-    """drawn: a (task, problem) pair a completion. judge(prompts, texts) -> scores is asked once, for all completions of
-    tasks that weigh "preference"."""
-    judged = [i for i, (task, _) in enumerate(drawn) if "preference" in task.weights]
-    preference = dict(zip(judged, judge([prompts[i] for i in judged], [texts[i] for i in judged]))) if judged else {}
+def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], reward_model, language: str,
+                      judged: list[Judged] | None = None) -> list[Score]:
+    """drawn: a (task, problem) pair a completion. reward_model(prompts, texts) -> scores is asked once, for all
+    completions of tasks that weigh "preference". judged: by judging.Judging; None: here, one after the other."""
+    preferred = [i for i, (task, _) in enumerate(drawn) if "preference" in task.weights]
+    preference = dict(zip(preferred, reward_model([prompts[i] for i in preferred], [texts[i] for i in preferred]))
+                      ) if preferred else {}
     scores = []
     for i, ((task, problem), text) in enumerate(zip(drawn, texts, strict=True)):
-        parts, verdict = task.seam.score(problem, text)
+        parts, verdict, watched = judged[i] if judged else judge(task, problem, text)
         if "language" in task.weights:
             parts = {**parts, "language": language_reward(text, language)}
         if i in preference:
@@ -109,7 +111,7 @@ def score_completions(drawn: list[tuple], prompts: list[str], texts: list[str], 
         reward = sum(weight * parts[name] for name, weight in task.weights.items())
         if not math.isfinite(reward):
             fail(f"got a reward of {reward} from task {task.name} for {text[:60]!r} ({parts}), expected a finite number")
-        scores.append(Score(reward, parts, task.watch(problem, text), verdict, task.group(problem)))
+        scores.append(Score(reward, parts, watched, verdict, task.group(problem)))
     return scores
 
 

@@ -16,9 +16,8 @@ TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_atten
 @pytest.fixture
 def quiet_training(monkeypatch):
     """Training takes Ctrl-C for itself, the test takes it back. A picture takes a second, and few tests need one."""
-    import train_countdown
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train_countdown, "plot_run", lambda run: None)
+    monkeypatch.setattr("machinery.rl_run.plot_run", lambda run: None)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

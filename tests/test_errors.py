@@ -54,7 +54,7 @@ def finished(base, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["x", "--model", str(base), "--out", str(run), *QUICK, "--steps", "1"])
-        patch.setattr(train_countdown, "plot_run", lambda run: None)
+        patch.setattr("machinery.rl_run.plot_run", lambda run: None)
         train_countdown.main()
     return run
 

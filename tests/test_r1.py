@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import r1
-import train_countdown
 from countdown import split_of
 from machinery import plots, stages, statistics
 from machinery.data import read_jsonl
@@ -31,7 +30,7 @@ def call(out, *flags):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["r1.py", "--out", str(out), *map(str, (*SMALL, *flags))])
-        patch.setattr(train_countdown, "plot_run", lambda run: None)  # a second for each of eight runs
+        patch.setattr("machinery.rl_run.plot_run", lambda run: None)  # a second for each of eight runs
         patch.chdir(ROOT)
         try:
             r1.main()

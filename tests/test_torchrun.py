@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # the processes know nothing of conftest.py
 
 import countdown
 import train_countdown
-from machinery import checkpoints as directories, run_folder
+from machinery import checkpoints as directories, rl_run, run_folder
 from machinery.data import read_jsonl
 from rewards import extract_answer, verify
 
@@ -59,7 +59,7 @@ def digit_score(puzzle, text):
 def train() -> None:
     """train_countdown.py without a picture and with the easy reward."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # a deadlock ends here, and shows where
-    countdown.score, train_countdown.plot_run = digit_score, lambda run: None
+    countdown.score, rl_run.plot_run = digit_score, lambda run: None
     score = train_countdown.score_completions
 
     def score_and_keep(drawn, prompts, texts, *rest):

@@ -20,7 +20,7 @@ def run(base, tmp_path_factory):
     """3 steps of 4 groups of 4; reward is the share of digits, by test_training."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_countdown, "plot_run", lambda run: None)
+        patch.setattr("machinery.rl_run.plot_run", lambda run: None)
         patch.setattr(countdown, "score", digit_score)
         train(patch, base, folder, steps=3)
     return folder

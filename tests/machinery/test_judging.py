@@ -1,0 +1,148 @@
+"""Verdicts on threads: the plain ones, whatever they take; what never comes is given up, counted, and holds nothing back."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import countdown
+import train_countdown
+from countdown import sample_puzzles
+from machinery.checkpoints import load
+from machinery.judging import Judging, judge
+from machinery.tasks import find_tasks, score_completions
+from sampling import complete
+from test_training import digit_score, train
+
+ROOT = Path(train_countdown.__file__).parent
+
+
+def drawn_with(score, n: int, watch=lambda problem, text: {"letters": len(text)}) -> list[tuple]:
+    """n (task, problem) pairs, problems being numbers."""
+    return [(SimpleNamespace(name="made up", weights={"accuracy": 1.0, "language": 0.0}, watch=watch, group=lambda problem: "",
+                             seam=SimpleNamespace(score=score)), i) for i in range(n)]
+
+
+def verdicts_of(drawn, judges=4, seconds=30.0):
+    """Of completions of 0, 1, 2 ... letters; half of them handed over one by one, the last first."""
+    judging, texts = Judging(drawn, judges, seconds), ["x" * i for i in range(len(drawn))]
+    for i in reversed(range(0, len(drawn), 2)):
+        judging.begin(i, texts[i])
+    return judging.verdicts(texts)
+
+
+def test_verdicts_stand_in_the_order_of_the_problems_whatever_each_takes():
+    def score(problem, text):
+        time.sleep(0.02 * (problem % 3))
+        return {"accuracy": float(problem % 2)}, "correct" if problem % 2 else "wrong"
+
+    drawn = drawn_with(score, 12)
+    assert verdicts_of(drawn) == [judge(*pair, "x" * i) for i, pair in enumerate(drawn)]
+
+
+def test_as_many_verdicts_as_judges_at_the_same_time():
+    """Each waits until three are there: two judges would wait for ever."""
+    together = threading.Barrier(3, timeout=20)
+    drawn = drawn_with(lambda problem, text: (together.wait() >= 0, ({"accuracy": 1.0}, "correct"))[1], 6)
+    assert {one.verdict for one in verdicts_of(drawn, judges=3)} == {"correct"}
+
+
+def test_one_that_never_returns_is_given_up_and_its_judge_replaced(capsys):
+    """One judge, and the first verdict that it takes never comes: the others do. Its reward is that of a wrong answer."""
+    never = threading.Event()
+    drawn = drawn_with(lambda problem, text: (problem != 3 or never.wait(), ({"accuracy": 1.0}, "correct"))[1], 4)
+    judged = verdicts_of(drawn, judges=1, seconds=0.2)
+    assert [one.parts["accuracy"] for one in judged] == [1, 1, 1, 0]
+    assert judged[3].verdict == "no verdict within 0.2 s" and judged[3].watched == {}
+    assert "1 of 4 verdicts took longer than --verdict-seconds 0.2" in capsys.readouterr().err
+    scores = score_completions(drawn, [""] * 4, ["", "x", "xx", "xxx"], None, "en", judged)
+    assert [score.reward for score in scores] == [1, 1, 1, 0]
+    never.set()
+
+
+def test_what_a_score_raises_is_raised_where_the_verdicts_are_wanted():
+    def score(problem, text):
+        raise ZeroDivisionError(f"of {problem}")
+
+    with pytest.raises(ZeroDivisionError, match="of "):
+        verdicts_of(drawn_with(score, 3))
+
+
+def test_threads_end_with_their_batch():
+    before = threading.active_count()
+    verdicts_of(drawn_with(lambda problem, text: ({}, "wrong"), 8), judges=8)
+    deadline = time.time() + 10
+    while threading.active_count() > before:
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_completions_are_handed_over_while_others_write_and_are_those_of_the_end(base):
+    """sample() calls back once for each, with its own text, in the order in which they end; tokens stay as they are."""
+    model, tokenizer = load(base)
+    task, = find_tasks("countdown")
+    prompts = [task.prompt(puzzle, "tiny") for puzzle in sample_puzzles(8, split="train", seed=0) for _ in range(3)]
+    settings = dict(max_new_tokens=60, seed=1, slots=6)
+    seen, open_at = {}, []
+
+    def finished(index, text):
+        assert index not in seen
+        seen[index] = text
+        open_at.append(len(prompts) - len(seen))
+        return len(seen)
+
+    plain = complete(model, tokenizer, prompts, **settings)
+    assert complete(model, tokenizer, prompts, finished=finished, **settings) == plain
+    assert [seen[i] for i in range(len(prompts))] == plain[2]
+    assert list(seen) != sorted(seen)  # not in the order of prompts: as they end
+    assert open_at == list(range(len(prompts) - 1, -1, -1))
+
+
+SLOW = """
+import time
+import countdown
+from countdown import *
+
+def score(problem, text):
+    time.sleep({seconds} if text else 0.0)
+    return countdown.score(problem, text)
+"""
+
+
+@pytest.mark.usefixtures("quiet_training")
+def test_judges_change_no_token_and_no_reward(monkeypatch, base, tmp_path):
+    """The same run with one judge, with eight, and with rewards computed one after the other at the end."""
+    monkeypatch.setattr(countdown, "score", digit_score)
+    one, eight = (train(monkeypatch, base, tmp_path / f"judges{n}", judges=n) for n in (1, 8))
+    score = train_countdown.score_completions
+    monkeypatch.setattr(train_countdown, "score_completions", lambda *args: score(*args[:5]))
+    assert one == eight == train(monkeypatch, base, tmp_path / "plain")
+    assert one[-1]["gradient_norm"] > 0
+
+
+@pytest.mark.usefixtures("quiet_training")
+def test_a_stale_run_trains_on_what_an_earlier_policy_sampled(monkeypatch, base, tmp_path):
+    """--stale 1: the first two batches are the base's own. From the second step on the ratio is not 1 any more."""
+    monkeypatch.setattr(countdown, "score", digit_score)
+    fresh, stale = (train(monkeypatch, base, tmp_path / f"stale{n}", stale=n, warmup_steps=1) for n in (0, 1))
+    assert stale[1] == fresh[1]
+    assert abs(stale[2]["ratio"] - 1) > 1e-4 > abs(fresh[2]["ratio"] - 1)
+    assert [row["step"] for row in stale] == [row["step"] for row in fresh] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGKILL))
+def test_an_evaluation_whose_judge_never_returns_ends_at_once_when_it_is_told_to(base, tmp_path, number):
+    (tmp_path / "stuck.py").write_text(SLOW.format(seconds=10_000).replace("if text", "if 'answer' not in text"))
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "--model", base, "--task", tmp_path / "stuck.py", "--n", "4",
+                                "--max-new-tokens", "8"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "verdicts:" not in (line := process.stderr.read(20)):
+        assert line, "it ended by itself"
+    process.send_signal(number)
+    assert process.wait(20) != 0
