@@ -230,10 +230,10 @@ def check(config: Config) -> None:
         raise ValueError(f"got group_size {config.group_size}, which must divide batch_size {config.batch_size}; try {nearest}")
     shares(tasks, config.batch_size // config.group_size)
     if config.lora_rank < 0 or config.lora_rank and (config.fsdp or config.ref_every):
-        raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and neither --fsdp (adapters are too small to "
-                         "split) nor --ref-every (the frozen model is the reference)")
+        raise ValueError(f"got lora_rank {config.lora_rank}, expected at least 0, and without --fsdp (adapters are too small to "
+                         "split) and --ref-every (the frozen model is the reference)")
     if config.fsdp and config.offload_optimizer:
-        raise ValueError("got --fsdp with --offload-optimizer, expected one: FSDP has split the optimizer")
+        raise ValueError("got --fsdp with --offload-optimizer, expected one of them: FSDP has split the optimizer")
     if not 0 < config.clip_low < 1 or config.clip_high <= 0 or config.kl_coef < 0 or config.ref_every < 0:
         raise ValueError("expected clip_low within (0, 1), clip_high above 0, kl_coef and ref_every of at least 0")
 

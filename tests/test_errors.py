@@ -22,7 +22,7 @@ import sft
 import train_countdown
 from conftest import TINY
 from experiments import harder
-from machinery import run_folder
+from machinery import rl_run, run_folder
 from machinery.checkpoints import load, save
 from machinery.data import read_jsonl
 from test_training import digit_score
@@ -54,7 +54,7 @@ def finished(base, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["x", "--model", str(base), "--out", str(run), *QUICK, "--steps", "1"])
-        patch.setattr("machinery.rl_run.plot_run", lambda run: None)
+        patch.setattr(rl_run, "plot_run", lambda run: None)
         train_countdown.main()
     return run
 

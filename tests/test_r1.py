@@ -14,7 +14,7 @@ import pytest
 
 import r1
 from countdown import split_of
-from machinery import plots, stages, statistics
+from machinery import plots, rl_run, stages, statistics
 from machinery.data import read_jsonl
 from tasks.general import NEW, draw_sum
 from test_training import puzzles_of
@@ -30,7 +30,7 @@ def call(out, *flags):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["r1.py", "--out", str(out), *map(str, (*SMALL, *flags))])
-        patch.setattr("machinery.rl_run.plot_run", lambda run: None)  # a second for each of eight runs
+        patch.setattr(rl_run, "plot_run", lambda run: None)  # a second for each of eight runs
         patch.chdir(ROOT)
         try:
             r1.main()

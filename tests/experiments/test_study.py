@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import aha, few_shot, longer, mcts, prm, study
+from machinery import rl_run
 from machinery.statistics import Scores
 
 ROOT = Path(study.__file__).parent.parent
@@ -45,7 +46,7 @@ def run(study_name, *flags):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{study_name}.py", *map(str, flags)])
-        patch.setattr("machinery.rl_run.plot_run", lambda run: None)  # a second for each run
+        patch.setattr(rl_run, "plot_run", lambda run: None)  # a second for each run
         patch.chdir(ROOT)
         try:
             importlib.import_module(f"experiments.{study_name}").main()

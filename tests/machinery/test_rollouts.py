@@ -7,7 +7,7 @@ import pytest
 import countdown
 import train_countdown
 from conftest import assert_one_line
-from machinery import rollouts
+from machinery import rl_run, rollouts
 from machinery.data import read_jsonl
 from machinery.run_folder import load_checkpoint, rewind_log
 from test_training import call, digit_score, quiet_machine, train  # noqa: F401
@@ -20,7 +20,7 @@ def run(base, tmp_path_factory):
     """3 steps of 4 groups of 4; reward is the share of digits, by test_training."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("machinery.rl_run.plot_run", lambda run: None)
+        patch.setattr(rl_run, "plot_run", lambda run: None)
         patch.setattr(countdown, "score", digit_score)
         train(patch, base, folder, steps=3)
     return folder
