@@ -5,7 +5,8 @@
     draw(rng, level, split) -> problem       a NamedTuple or a dict of JSON values; split: countdown.SPLITS
     key(problem) -> str                      what makes two problems the same: for the split, and for distinct draws
     question(problem, style) -> str          words only: no chat template, no BOS, no <think>; in style tiny all of it
-    score(problem, text) -> (parts, verdict) {"accuracy": 1.0, ...}, and "correct" or why not; never raises on text
+    score(problem, text) -> (parts, verdict) {"accuracy": 1.0, ...}, and "correct" or why not; never raises on text, may
+                                             take its time, and is called on threads (machinery/judging.py)
     gold(problem) -> str                     a completion that score calls correct; None where nobody knows one
 
 and, where it has them, watch(problem, text) -> {name: number}, measured and never paid; group(problem) -> str, a kind
@@ -30,7 +31,7 @@ from typing import NamedTuple
 
 from countdown import SPLITS, check_split, check_style, distinct, fill_template
 from machinery.flags import fail
-from machinery.judging import FILLED_IN, Judged, judge
+from machinery.judging import FILLED_IN, Judged, Judging, judge
 from rewards import answer_or_text, language_reward
 
 BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "code": "tasks.code", "general": "tasks.general"}
@@ -240,8 +241,8 @@ class Limited(random.Random):
 
 
 def check_task(task: Task, style: str) -> None:
-    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct."""
-    seam, keys = task.seam, {}
+    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct; once on a thread."""
+    seam, keys, scored = task.seam, {}, None
     for split in SPLITS:
         rng = Limited(0)
         try:
@@ -266,3 +267,10 @@ def check_task(task: Task, style: str) -> None:
                 raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its "
                                  f"score gives ({', '.join(parts) or 'none'})")
             seam.question(problem, style)
+            scored = problem, gold
+    if scored:
+        try:
+            Judging([(task, scored[0])], 1).verdicts([scored[1]])
+        except Exception as error:
+            raise ValueError(f"got task {task.name}, whose score fails on a thread ({error}); expected one that judges can call "
+                             "there, without signal.alarm: machinery/judging.py") from None

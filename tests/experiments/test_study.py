@@ -56,7 +56,7 @@ def run(study_name, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", (*STUDIES, "harder", "longer"))
+@pytest.mark.parametrize("name", (*STUDIES, "harder", "longer", "programs", "slow_rewards"))
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import countdown
+import evaluate
 import train_countdown
 from countdown import sample_puzzles
+from experiments import slow_rewards
 from machinery.checkpoints import load
 from machinery.judging import Judging, judge
 from machinery.tasks import find_tasks, score_completions
@@ -134,6 +136,38 @@ def test_a_stale_run_trains_on_what_an_earlier_policy_sampled(monkeypatch, base,
     assert stale[1] == fresh[1]
     assert abs(stale[2]["ratio"] - 1) > 1e-4 > abs(fresh[2]["ratio"] - 1)
     assert [row["step"] for row in stale] == [row["step"] for row in fresh] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("flags, says", (
+    (("--judges", -1), ("got --judges -1", "at least 0")), (("--verdict-seconds", 0), ("--verdict-seconds 0", "more than 0 seconds")),
+    (("--stale", -1), ("got stale -1",)), (("--stale", 1, "--inner-epochs", 2), ("stale 1 and inner_epochs 2", "cannot carry"))))
+def test_what_cannot_be_is_refused(refused, tmp_path, base, flags, says):
+    refused(train_countdown, "--model", base, "--out", tmp_path / "run", *flags, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_judges_than_the_machine_starts_are_refused(refused, tmp_path, base, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def no_more_than_five(thread):
+        if len(started) == 5:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_more_than_five)
+    refused(evaluate, "--model", base, "--judges", 9, says=("got --judges 9, of which this machine starts ", "fewer"))
+
+
+def test_a_score_that_wants_the_main_thread_is_refused_at_the_start(refused, tmp_path, base):
+    """As libraries do that stop themselves after some seconds with a signal."""
+    (tmp_path / "alarmed.py").write_text("import signal\nimport countdown\nfrom countdown import *\n\ndef score(problem, text):\n"
+                                         "    signal.signal(signal.SIGALRM, signal.SIG_DFL)\n    return countdown.score(problem, text)\n")
+    refused(evaluate, "--model", base, "--task", tmp_path / "alarmed.py", says=("alarmed", "fails on a thread", "signal.alarm"))
+
+
+def test_a_delay_below_0_is_refused(refused, tmp_path):
+    refused(slow_rewards, "--delays=-1,2", "--out", tmp_path / "slow", says=("got delays '-1,2'", "at least 0"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
