@@ -44,7 +44,8 @@ class Judging:
         self.drawn, self.seconds, self.judges = drawn, seconds, 0
         self.waiting, self.answers = SimpleQueue(), SimpleQueue()  # (index, text); (index, Judged or what was raised)
         self.handed_over, self.begun = set(), {}  # indices; index -> when a judge took it
-        wanted = min(judges or os.cpu_count() or 1, max(1, len(drawn)))
+        own_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
+        wanted = min(judges or max(1, own_cores), max(1, len(drawn)))
         try:
             while self.judges < wanted:
                 threading.Thread(target=self.work, daemon=True).start()
