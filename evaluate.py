@@ -13,6 +13,7 @@ looks at --split validation, so that the test problems say what was not chosen o
 DeepSeek-R1 (section 3) evaluates at temperature 0.6, top-p 0.95; the defaults, 1 and 1, are the policy as RL trains it.
 """
 
+import contextlib
 import math
 import random
 from collections import Counter
@@ -22,7 +23,7 @@ from pathlib import Path
 from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
-from machinery.judging import Judging, check_judges
+from machinery.judging import NO_VERDICT, Judges, Judging, check_judges
 from machinery.run_folder import check_new_file, write_json
 from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
@@ -130,7 +131,7 @@ def describe_step(rollouts, language: str) -> dict[str, float]:
         table = {"reward": mean(r.score.reward for r in own), **means([r.score.parts for r in own]),
                  **means([r.score.watched for r in own])}
         if "accuracy" in table:
-            table |= by_group("accuracy", [r.score.group for r in own], [r.score.parts["accuracy"] for r in own])
+            table |= by_group("accuracy", [r.score.group for r in own], [r.score.parts.get("accuracy", 0.0) for r in own])
         if name == names[0]:
             row = table | looks([r.text for r in own], [r.completion for r in own], language) | by_group(
                 "completion_tokens", [r.score.group for r in own], [len(r.completion.token_ids) for r in own])
@@ -160,8 +161,20 @@ def evaluate_general(model, tokenizer, n: int, config: Config, settings: dict) -
     return table | (shares if config.style == "tiny" else {})
 
 
-def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
-    """-> (the table's numbers, a record per completion). Raises ValueError where a prompt does not fit the context."""
+def votes_are_right(task, problems: list, texts: list[str], judges: Judges) -> list[bool]:
+    """Of each problem whether the majority of its texts is right."""
+    k = len(texts) // len(problems)
+    winners = [task.majority(problem, texts[i * k:(i + 1) * k]) for i, problem in enumerate(problems)]
+    judged = Judging(judges, [(task, problem) for problem in problems]).verdicts([winner or "" for winner in winners])
+    return [winner is not None and one.verdict == "correct" for winner, one in zip(winners, judged)]
+
+
+def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> tuple[dict, list[dict]]:
+    """-> (the table's numbers, a record per completion). judges: those of a run that evaluates; None: some of its own.
+    Raises ValueError where a prompt does not fit the context."""
+    if not judges:
+        with contextlib.closing(Judges(config.judges, config.verdict_seconds)) as own:
+            return evaluate(model, tokenizer, config, own)
     task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)
     if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
@@ -175,7 +188,7 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     check_numbers(tokenizer, prompts, config.style)
     n, k = len(problems), config.samples
     drawn = [problem for problem in problems for _ in range(k)]
-    judging = Judging([(task, problem) for problem in drawn], config.judges, config.verdict_seconds)
+    judging = Judging(judges, [(task, problem) for problem in drawn])
     _, completions, texts = complete(model, tokenizer, [prompt for prompt in prompts for _ in range(k)],
                                      max_new_tokens=config.max_new_tokens, progress=f"{config.split} problems",
                                      finished=judging.begin, **settings)
@@ -189,11 +202,12 @@ def evaluate(model, tokenizer, config: Config) -> tuple[dict, list[dict]]:
     if k > 1:
         for size in sorted({size for size in (4, 16, 64, 256) if size < k} | {k}):
             table[f"pass@{size}"] = sum(pass_at_k(k, sum(row), size) for row in right) / n
-        table[f"maj@{k}"] = sum(task.vote_is_right(problem, texts[i * k:(i + 1) * k])
-                                for i, problem in enumerate(problems)) / n
+        table[f"maj@{k}"] = mean(votes_are_right(task, problems, texts, judges))
     parts = means([one.parts for one in judged])
     parts.pop("accuracy", None)  # it is pass@1
     table |= parts | means([one.watched for one in judged])
+    if late := sum(one.verdict.startswith(NO_VERDICT) for one in judged):
+        table["no_verdict"] = late / len(judged)
     table |= looks(texts, completions, config.language)
     table |= by_group("completion_tokens", list(map(task.group, drawn)), [len(c.token_ids) for c in completions])
     if task.name == "countdown":

@@ -31,7 +31,7 @@ from machinery.checkpoints import (DTYPES, check_device, check_dtype, end_tokens
                                    read_hf_config)
 from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
-from machinery.judging import Judging, check_judges
+from machinery.judging import Judges, Judging, check_judges
 from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
 from machinery.tasks import as_dict, find_tasks, shares
 from machinery.text import check_room, check_style_fits
@@ -130,14 +130,16 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     check_room(tokenizer, prompts, config.style, config.max_new_tokens, model.config.context)
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
     rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
+    judges = Judges(config.judges, config.verdict_seconds)
     for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):
         chunk = known.get((round_, start))
         if chunk is None:
-            chunk = sample_chunk(model, tokenizer, drawn, prompts, start, at_once, source, round_, config)
+            chunk = sample_chunk(model, tokenizer, drawn, prompts, start, at_once, source, round_, config, judges)
             keep(chunk)
         rows += chunk["rows"]
         tokens += chunk["tokens"]
         dropped.update(chunk["dropped"])
+    judges.close()
     report = {"source": source, "round": round_, "puzzles": len(drawn), "sampled": len(drawn) * config.samples,
               "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
               "puzzles_kept": len({row["prompt"] for row in rows})}
@@ -149,11 +151,11 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     return rows, report
 
 
-def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, source, round_: int, config) -> dict:
+def sample_chunk(model, tokenizer, drawn, prompts, start: int, at_once: int, source, round_: int, config, judges) -> dict:
     """The completions of at_once problems from start on, filtered. Each has its own random stream (sampling.py), so
     chunks change no token."""
     repeated = [i for i in range(start, min(start + at_once, len(drawn))) for _ in range(config.samples)]
-    judging = Judging([drawn[i] for i in repeated], config.judges, config.verdict_seconds)
+    judging = Judging(judges, [drawn[i] for i in repeated])
     _, completions, texts = complete(
         model, tokenizer, [prompts[i] for i in repeated], style=config.style, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, slots=config.slots, first_index=start * config.samples,

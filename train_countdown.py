@@ -45,7 +45,7 @@ from machinery.checkpoints import DTYPES, check_dtype, end_tokens
 from machinery.data import fingerprint
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits,
                              out_of_memory_exits, parse_config)
-from machinery.judging import Judging, NO_VERDICT, check_judges
+from machinery.judging import Judges, Judging, NO_VERDICT, check_judges
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
 from machinery.notes import check_learning_rate
@@ -121,7 +121,7 @@ class Config:
 
 
 # what may change when a run is resumed, since it changes memory, speed and logs and not the algorithm
-CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts", "judges", "verdict_seconds")
+CHANGEABLE = (*MEMORY_ONLY, "device", "rollouts", "judges")
 
 
 @broken_weights_exit()
@@ -189,7 +189,7 @@ def roll_out(run: Run, tasks: tuple[Task, ...], step: int, config: Config) -> tu
     prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
 
     # 2. a completion of each of the B prompts; each is handed to the judges when it ends
-    judging = Judging(problems, config.judges, config.verdict_seconds)
+    judging = Judging(run.judges, problems)
     with sampling_weights(run) as old_policy:  # the policy's weights, as the sampler wants them (LoRA, FSDP)
         prompt_ids, completions, texts = complete(
             old_policy, run.tokenizer, prompts, style=config.style, max_new_tokens=config.max_new_tokens,
@@ -244,6 +244,7 @@ def start(config: Config):
     with bad_input_exits():
         run, reward_model = open_run(config), None
         tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
+        run.judges = Judges(config.judges, config.verdict_seconds)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
                    for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit? And of 20 steps:
         prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in
@@ -303,7 +304,7 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
     advantages (N,), or (N, M) with one for each of a completion's tokens, in the batch's order; ref_logprobs: N lists,
     or None. The gradient is the sum over micro-batches and processes, since each loss is divided by the whole step's
     divisor. Where its norm is not finite, no step is taken. Entropy and logprob_gap are of the first epoch, when the
-    policy is still the one that sampled, all else is of the last."""
+    policy is still the one that sampled (but for --stale), all else is of the last."""
     optimizer, norm = run.optimizer, 0.0
     optimizer.set_learning_rate(learning_rate(run.step, config))
     lengths = [len(prompt) + len(completion.token_ids) for prompt, completion in batch]
@@ -368,8 +369,7 @@ def evaluate_policy(run: Run, config: Config) -> dict:
             table, _ = evaluate.evaluate(policy, run.tokenizer, evaluate.Config(
                 task=task.spec, level=task.level, split="validation", style=config.style, n=config.eval_n,
                 temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                language=config.language, sandbox=getattr(task.seam, "sandbox", ""), judges=config.judges,
-                verdict_seconds=config.verdict_seconds))
+                language=config.language, sandbox=getattr(task.seam, "sandbox", "")), run.judges)
             tqdm.write(f"step {run.step}: validation pass@1 {table['pass@1']:.1%}, {table['completion_tokens']:.0f} tokens "
                        f"a completion{f', {task.name}' if i else ''}")
             found |= {f"eval_{f'{task.name}_' if i else ''}{name}": value for name, value in table.items()}
@@ -392,7 +392,7 @@ def log_row(run: Run, rollouts: list[Rollout], stats: dict, step_started: float,
     equal = [not any(has_advantage[i:i + config.group_size]) for i in range(0, len(rollouts), config.group_size)]
     late = sum(r.score.verdict.startswith(NO_VERDICT) for r in rollouts)
     return {"step": run.step, **evaluate.describe_step(rollouts, config.language),
-            "equal_groups": sum(equal) / len(equal), **stats, **{"no_verdict": late for _ in range(late > 0)}, "tokens": tokens, "seconds": seconds,
+            "equal_groups": sum(equal) / len(equal), **stats, **({"no_verdict": late / len(rollouts)} if late else {}), "tokens": tokens, "seconds": seconds,
             "sampling_seconds": sampling_seconds, "tokens_per_second": tokens / seconds}
 
 

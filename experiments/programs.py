@@ -4,7 +4,8 @@ The tiny base writes one-line functions from examples (tasks/code.py). Two level
 Two arms on each: paid by all tests, visible and hidden, or by the visible ones alone. A program that passes what it can
 see and fails on what it cannot is what reward hacking looks like here: a constant, a special case.
 
-    python -m experiments.programs --seeds 3      # 2 cores: see minutes in the JSON
+    python -m experiments.programs                # 3 seeds; 2 cores: see minutes in the JSON
+    python -m experiments.programs --seed 1       # one seed, a terminal each; then without --seed for the picture
     python -m experiments.programs --quick        # a minute: does it run?
 """
 
@@ -32,7 +33,7 @@ PAID = {"all": "", "visible": "--weights accuracy=0,visible=1"}
 @dataclass(frozen=True)
 class Config:
     out: str = "runs/programs"     # folder of the study
-    seeds: int = 1                 # seeds 0, 1, ...
+    seeds: int = 3                 # seeds 0, 1, ...
     seed: int = -1                 # of those only this one, without the picture
     quick: bool = False            # a minute, to see that it runs
     model: str = "models/tiny-base"

@@ -13,7 +13,7 @@ A verdict takes 0, 0.1, 1 or 3 seconds: sleeping, as a remote build does (64 jud
 a, b and c sample and train the same tokens, so steps of each are timed and one run's accuracy holds for all three. d, and
 --stale 4 beside it, and e train anew.
 
-    python -m experiments.slow_rewards --seeds 3         # 2 cores: see minutes in the JSON
+    python -m experiments.slow_rewards                   # 3 seeds; 2 cores: see minutes in the JSON
     python -m experiments.slow_rewards --seed 1          # the training of one seed, a terminal each
     python -m experiments.slow_rewards --quick           # a minute: does it run?
 """
@@ -23,7 +23,6 @@ import hashlib
 import shlex
 import shutil
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +45,10 @@ STALE = {"fresh": 0, "one step stale": 1, "four steps stale": 4}
 TIMED = (2, 3)      # of 4 steps; the first one fills what is sampled ahead, the last samples nothing more
 MEASURED_UP_TO = {("sleep", "a"): 0.1, ("burn", "a"): 0.1, ("burn", "b"): 0.1, ("burn", "c"): 0.1, ("burn", "d"): 0.1}
 
-TASK = '''"""countdown.py, and a verdict takes {delay} seconds. Only judges wait: what the start scores is scored at once."""
+TASK = '''"""countdown.py, and a verdict takes {delay} seconds."""
 
-from countdown import *
 import countdown
+from countdown import *
 from experiments.slow_rewards import wait
 
 
@@ -62,7 +61,7 @@ def score(problem, text):
 @dataclass(frozen=True)
 class Config:
     out: str = "runs/slow_rewards"  # folder of the study
-    seeds: int = 1                  # seeds 0, 1, ... of what trains
+    seeds: int = 3                  # seeds 0, 1, ... of what trains
     seed: int = -1                  # of those only this one, without timings and picture
     quick: bool = False             # a minute, to see that it runs
     model: str = "models/tiny-base"
@@ -78,6 +77,8 @@ class Config:
     def __post_init__(self):
         if not all(delay.strip().replace(".", "", 1).isdigit() for delay in self.delays.split(",")):
             raise ValueError(f"got delays {self.delays!r}, expected seconds of at least 0 with commas between, such as 0,0.1,1")
+        if max(self.seconds()) > 0.1 and not any(0 < delay <= 0.1 for delay in self.seconds()):
+            raise ValueError(f"got delays {self.delays!r}, expected one of at most 0.1 among them: what takes hours is computed from it")
 
     def seconds(self) -> list[float]:
         return sorted({0.0, *map(float, self.delays.split(","))})  # 0: what the others are compared with
@@ -88,9 +89,7 @@ QUICK = dict(seeds=1, delays="0,0.1", steps=4, batch_size=32, eval_every=2, n=8,
 
 # ------------------------------------------------------------------------------------------------------------- step times
 def wait(kind: str, seconds: float) -> None:
-    """On a judge's thread. Burning is hashing, which lets other threads run."""
-    if threading.current_thread() is threading.main_thread():
-        return
+    """On a judge's thread. Burning is hashing, which lets other threads run, as tests in processes of their own do."""
     if kind == "sleep":
         return time.sleep(seconds)
     until, block = time.thread_time() + seconds, bytes(1 << 18)

@@ -17,6 +17,7 @@ from machinery import distributed
 from machinery.checkpoints import DTYPES, BrokenWeights, load
 from machinery.data import check_unchanged, read_jsonl
 from machinery.flags import StopRequest, fail
+from machinery.judging import Judges
 from machinery.lora import add_lora, merged
 from machinery.memory import check_fits
 from machinery.optimizer import MasterAdamW
@@ -43,6 +44,7 @@ class Run:
     started: float = field(default_factory=time.time)  # moved back by what earlier attempts took
     stop: StopRequest | None = None
     bar: tqdm | None = None
+    judges: Judges | None = None
     evaluation_seconds: float = 0.0  # of the last one
     inputs: dict = field(default_factory=dict)  # path -> fingerprint of what a resumed run must find unchanged
 

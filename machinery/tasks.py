@@ -19,6 +19,7 @@ questions and answers another (tasks/questions.py); docs/fork-it.md shows more.
     --task countdown | arithmetic | code | general | my_task.py | my_questions.jsonl | countdown=3,general=1
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -31,7 +32,7 @@ from typing import NamedTuple
 
 from countdown import SPLITS, check_split, check_style, distinct, fill_template
 from machinery.flags import fail
-from machinery.judging import FILLED_IN, Judged, Judging, judge
+from machinery.judging import FILLED_IN, Judged, Judges, Judging, judge
 from rewards import answer_or_text, language_reward
 
 BUILT_IN = {"countdown": "countdown", "arithmetic": "tasks.arithmetic", "code": "tasks.code", "general": "tasks.general"}
@@ -69,13 +70,14 @@ class Task:
     def group(self, problem) -> str:
         return self.seam.group(problem) if hasattr(self.seam, "group") else ""
 
-    def vote_is_right(self, problem, texts: list[str]) -> bool:
+    def majority(self, problem, texts: list[str]) -> str | None:
+        """A text that answers as the majority does; None where nobody answers."""
         if hasattr(self.seam, "vote"):
             winner = self.seam.vote(problem, texts)
-            return winner is not None and self.seam.score(problem, f"<answer>{winner}</answer>")[1] == "correct"
+            return None if winner is None else f"<answer>{winner}</answer>"
         answers = list(map(answer_or_text, texts))
         votes = Counter(filter(None, answers)).most_common(1)  # on a tie the first one wins
-        return bool(votes) and self.seam.score(problem, texts[answers.index(votes[0][0])])[1] == "correct"
+        return texts[answers.index(votes[0][0])] if votes else None
 
 
 @lru_cache(maxsize=16)
@@ -241,8 +243,9 @@ class Limited(random.Random):
 
 
 def check_task(task: Task, style: str) -> None:
-    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct; once on a thread."""
-    seam, keys, scored = task.seam, {}, None
+    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct, of five problems of
+    each; judges ask, so that what cannot be called on threads is found out here."""
+    seam, keys, golds = task.seam, {}, []
     for split in SPLITS:
         rng = Limited(0)
         try:
@@ -256,21 +259,20 @@ def check_task(task: Task, style: str) -> None:
             if keys.setdefault(seam.key(problem), split) != split:
                 raise ValueError(f"got task {task.name}, which draws {seam.key(problem)!r} for {keys[seam.key(problem)]} and "
                                  f"for {split}; expected each key in one of them: see countdown.split_of")
-        for problem in problems:
-            if (gold := seam.gold(problem)) is None:
-                continue
-            parts, verdict = seam.score(problem, gold)
-            if verdict != "correct":
-                raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; "
-                                 "expected 'correct'")
-            if missing := [name for name in task.weights if name not in (*parts, *FILLED_IN)]:
-                raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its "
-                                 f"score gives ({', '.join(parts) or 'none'})")
+        for problem in problems[:5]:
             seam.question(problem, style)
-            scored = problem, gold
-    if scored:
+            if (gold := seam.gold(problem)) is not None:
+                golds.append((problem, gold))
+    with contextlib.closing(Judges()) as judges:
         try:
-            Judging([(task, scored[0])], 1).verdicts([scored[1]])
+            judged = Judging(judges, [(task, problem) for problem, _ in golds]).verdicts([gold for _, gold in golds])
         except Exception as error:
-            raise ValueError(f"got task {task.name}, whose score fails on a thread ({error}); expected one that judges can call "
-                             "there, without signal.alarm: machinery/judging.py") from None
+            raise ValueError(f"got task {task.name}, whose score fails on its own gold ({type(error).__name__}: {error}); expected "
+                             "one that judges can call, on threads and so without signals") from None
+    for (problem, _), (parts, verdict, _) in zip(golds, judged):
+        if verdict != "correct":
+            raise ValueError(f"got task {task.name}, whose score calls its own gold {verdict!r} for {problem}; "
+                             "expected 'correct'")
+        if missing := [name for name in task.weights if name not in (*parts, *FILLED_IN)]:
+            raise ValueError(f"got task {task.name}, whose WEIGHTS name {missing[0]!r}; expected a part that its "
+                             f"score gives ({', '.join(parts) or 'none'})")

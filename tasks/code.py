@@ -22,6 +22,7 @@ import ast
 import json
 import random
 import re
+import threading
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,9 @@ def bare_value(tree, x: int) -> int:
     raise ValueError(f"{ast.unparse(tree)[:40]} is none of integers, x, + - * and a if x==k else b")
 
 
+SILENCE = threading.Lock()
+
+
 def parse_function(text: str):
     """`def f(x): return ...` -> the syntax tree behind return. Raises ValueError with the reason."""
     if len(text) > MAX_LENGTH or not text.isascii():
@@ -83,7 +87,7 @@ def parse_function(text: str):
     if head or not found:
         raise ValueError("expected def f(x): return and an expression")
     try:
-        with warnings.catch_warnings():
+        with SILENCE, warnings.catch_warnings():  # it changes what all threads see
             warnings.simplefilter("ignore")  # of `9if x==1 else 3`, on the screen of whoever trains
             return ast.parse(body, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,7 +1,6 @@
 """Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; the whole suite in two
 processes; models that many use."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,39 +12,45 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16)
 CLAIMS = os.environ.pop("CLAIMED_TEST_FILES", "")  # a folder: what of the suite one of the processes has taken
-OURS, SECOND = set(), []
+OURS, SECOND, PARENT = set(), [], os.getppid()
 
 
 def pytest_sessionstart(session):
-    """Where nothing is chosen, a second process takes test files, too: the models are tiny, and one core each is faster
-    than two for one."""
+    """pytest without any flag: a second process takes test files, too. The models are tiny: one core for each of two is
+    faster than two for one."""
     global CLAIMS
-    config = session.config
-    if CLAIMS or config.args_source is not config.ArgsSource.TESTPATHS or config.option.collectonly or os.cpu_count() < 2:
+    if CLAIMS or session.config.invocation_params.args or Path.cwd() != ROOT or os.cpu_count() < 2:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     CLAIMS, said = tempfile.mkdtemp(prefix="claims-"), tempfile.TemporaryFile("w+")
-    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-    SECOND[:] = said, subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "CLAIMED_TEST_FILES": CLAIMS})
+    SECOND[:] = said, subprocess.Popen([sys.executable, "-m", "pytest"], stdout=said, stderr=said,
+                                       env={**os.environ, "CLAIMED_TEST_FILES": CLAIMS})
 
 
 def pytest_runtest_protocol(item, nextitem):
     """True: done, as the other process does it."""
+    if os.getppid() != PARENT:
+        os._exit(1)  # the first process was killed
     if CLAIMS and item.path not in OURS:
-        with contextlib.suppress(FileExistsError):
+        try:
             os.mkdir(os.path.join(CLAIMS, "-".join(item.path.parts[-3:])))
             OURS.add(item.path)
-        return item.path not in OURS or None
+        except FileExistsError:
+            item.session._setupstate.teardown_exact(nextitem)  # what the last test of another folder has left to it
+            return True
 
 
 def pytest_sessionfinish(session):
     if SECOND:
         said, process = SECOND
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            process.terminate()
         failed = process.wait()
         said.seek(0)
         lines = said.read().splitlines()

@@ -50,7 +50,8 @@ def test_gold_scores_full_marks_in_every_part_that_a_rule_gives(task):
             parts, verdict = task.seam.score(problem, task.seam.gold(problem))
             assert verdict == "correct" and all(value == 1.0 for value in parts.values()), problem
             assert set(task.weights) <= {*parts, "language", "preference"}
-            assert task.vote_is_right(problem, ["<answer>-1</answer>", *[task.seam.gold(problem)] * 2])
+            majority = task.majority(problem, ["<answer>-1</answer>", *[task.seam.gold(problem)] * 2])
+            assert task.seam.score(problem, majority)[1] == "correct"
 
 
 def test_draws_follow_from_their_seed_and_stay_on_their_side(task):

@@ -8,6 +8,7 @@ import pytest
 import evaluate
 from countdown import SPLITS
 from machinery import notes, runner
+from machinery.judging import Judges
 from machinery.tasks import find_tasks
 from tasks.code import Programs, extract_program, program_format
 
@@ -77,7 +78,7 @@ def test_the_seam_draws_asks_and_knows_solutions(task):
     assert task.seam.gold(script) is None and "Name the function" not in task.seam.question(script, "chat")
     right = "```python\nprint(sum(map(int, input().split())))\n```"
     assert task.seam.score(script, right)[0] == {"accuracy": 1.0, "format": 0.0, "visible": 0.0}
-    assert task.vote_is_right(script, ["```python\nprint(4)\n```", right, right])
+    assert evaluate.votes_are_right(task, [script], ["```python\nprint(4)\n```", right, right], Judges()) == [True]
     assert len(task.examples(2, "base", 0)) == 2
 
 
