@@ -45,7 +45,7 @@ STALE = {"fresh": 0, "one step stale": 1, "four steps stale": 4}
 TIMED = (2, 3)      # of 4 steps; the first one fills what is sampled ahead, the last samples nothing more
 MEASURED_UP_TO = {("sleep", "a"): 0.1, ("burn", "a"): 0.1, ("burn", "b"): 0.1, ("burn", "c"): 0.1, ("burn", "d"): 0.1}
 
-TASK = '''"""countdown.py, and a verdict takes {delay} seconds."""
+TASK = '''"""countdown.py, and a verdict takes {delay} seconds, but for those that a script asks for before it begins."""
 
 import countdown
 from countdown import *
@@ -53,7 +53,8 @@ from experiments.slow_rewards import wait
 
 
 def score(problem, text):
-    wait({kind!r}, {delay})
+    if text != gold(problem):
+        wait({kind!r}, {delay})
     return countdown.score(problem, text)
 '''
 

@@ -90,7 +90,8 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name, page", (*((name, "studies") for name in STUDIES), ("harder", "harder")))
+@pytest.mark.parametrize("name, page", (*((name, "studies") for name in STUDIES), ("harder", "harder"), ("longer", "results"), ("programs", "code"),
+                                         ("slow_rewards", "slow-rewards")))
 def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_command(name, page):
     """Both sentences and all tables are those that the study itself made from its JSON."""
     study_, folder = importlib.import_module(f"experiments.{name}"), ROOT / "experiments" / "results"
