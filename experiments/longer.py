@@ -2,12 +2,12 @@
 
 The run of docs/results.md ("Longer runs") slows down. If what it lacks is exploration, one of these should help: a lower
 learning rate, clip-higher (DAPO, arXiv 2503.14476), a KL to the base, a higher temperature, larger groups. Each arm is
-that run with one flag changed, on seed 0. The best of them on validation puzzles (--again) and the default then run with
-all seeds, and are compared on test puzzles, paired.
+that run with one flag changed, on seed 0. The best of them on validation puzzles (--again, several where they are next to
+equal) and the default then run with all seeds, and are compared on test puzzles, paired.
 
     python -m experiments.longer --seeds 1                                   # all arms; 2 cores: see minutes in the JSON
     python -m experiments.longer --seeds 1 --arm "temperature 1.2"           # one arm, a terminal each
-    python -m experiments.longer --again "half the rate"                     # 3 seeds of it and of the default
+    python -m experiments.longer --again "temperature 1.2,KL to the base"    # 3 seeds of both and of the default
     python -m experiments.longer --quick                                     # a minute: does it run?
 
 With one update a batch the ratio is 1 and no clip acts; so clip-higher stands beside two passes over a batch without it.
@@ -44,7 +44,7 @@ class Config:
     seeds: int = 3                 # seeds 0, 1, ... of the default and of --again; of the other arms seed 0
     seed: int = -1                 # of those only this one, without the picture
     arm: str = ""                  # only this arm, without the picture
-    again: str = ""                # the best arm on validation puzzles
+    again: str = ""                # the best arms on validation puzzles, with commas between
     quick: bool = False            # a minute, to see that it runs
     model: str = "models/tiny-base"
     steps: int = 64                # of GRPO; the learning rate falls to a tenth
@@ -54,7 +54,7 @@ class Config:
     max_new_tokens: int = 1024     # a longer completion is cut off
 
     def __post_init__(self):
-        for name in filter(None, (self.arm, self.again)):
+        for name in filter(None, (self.arm, *self.again.split(","))):
             if name not in ARMS:
                 raise ValueError(f"got arm {name!r}, expected one of {', '.join(ARMS)}")
 
@@ -78,7 +78,7 @@ def measure(config: Config, arm: str, seed: int, split: str = "test") -> dict:
 
 
 def seeds_of(config: Config, arm: str) -> range:
-    return range(config.seeds if arm in ("default", config.again) else 1)
+    return range(config.seeds if arm in ("default", *config.again.split(",")) else 1)
 
 
 def curve(config: Config, arm: str, seed: int) -> list[dict]:
@@ -136,11 +136,9 @@ def table(record: dict) -> str:
         rows.append([name, text(arm["validation"]), text(arm["pass@1"]),
                      " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
                      "" if name == "default" else points(arm["minus default"]),
-                     " ".join(f"{share:.1%}" for share in arm["validation at equal tokens"]),
                      f"{last['tokens'] / 1e6:.1f}", f"{last['entropy']:.3f}" if "entropy" in last else ""])
     found = {"base": {"endings": record["base"]}} | record["arms"]
     return (markdown(["arm", "validation pass@1", "test pass@1", "of the seeds", "minus default, paired",
-                      "validation at equal tokens, the arm's temperature",
                       "sampled tokens, millions", "entropy at the end"], rows)
             + "\n\n" + endings.table(found))
 
