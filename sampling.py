@@ -297,11 +297,12 @@ def sample(model, prompts: list[list[int]], *, max_new_tokens: int, temperature:
         owner = rows.owner.tolist()  # this waits for the device
         live = [row for row, index in enumerate(owner) if index < rows.N]
         free = [row for row, index in enumerate(owner) if index == rows.N]
-        for index in sorted(writing.difference(owner)):
-            completions[index] = rows.completion(index, eos_ids)
-            if finished and (judged := finished(index, completions[index])):
-                bar.set_postfix(judged=judged, refresh=False)
-        writing.intersection_update(owner)
+        if len(live) < len(writing):
+            for index in sorted(writing.difference(owner)):
+                writing.remove(index)
+                completions[index] = rows.completion(index, eos_ids)
+                if finished and (judged := finished(index, completions[index])):
+                    bar.set_postfix(judged=judged, refresh=False)
         bar.update(len(prompts) - len(queue) - len(live) - bar.n)
         if queue and free:
             fill(free)

@@ -104,7 +104,7 @@ def time_steps(config: Config, kind: str, delay: float) -> dict:
     shutil.rmtree(folder, ignore_errors=True)  # of a killed attempt
     folder.mkdir(parents=True)
     task = folder / "slow.py"
-    task.write_text(TASK.format(kind=kind, delay=delay))
+    task.write_text(TASK.format(kind=kind, delay=delay), encoding="utf-8")
     found = {}
     for way in WAYS:
         if delay > MEASURED_UP_TO.get((kind, way), delay):
