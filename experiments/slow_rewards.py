@@ -109,7 +109,7 @@ def time_steps(config: Config, kind: str, delay: float) -> dict:
     for way in WAYS:
         if delay > MEASURED_UP_TO.get((kind, way), delay):
             continue
-        judges = 1 if way == "a" else config.judges if kind == "sleep" else 0
+        judges = 1 if way == "a" else config.judges if kind == "sleep" and delay else 0
         began, worked = time.time(), time.process_time()
         with all_at_the_end() if way in "ab" else contextlib.nullcontext():
             run_main(f"--model {shlex.quote(config.model)} --task {shlex.quote(str(task))} --steps {TIMED[-1] + 1} --judges {judges} "
@@ -302,7 +302,9 @@ def main() -> None:
     if config.seed < 0:
         for kind in ("sleep", "burn"):
             for delay in config.seconds():
-                piece(Path(config.out) / "timings", f"{kind} {delay:g}", lambda: time_steps(config, kind, delay))
+                once = kind if delay else "sleep"  # nothing is done in no time, in either way
+                timings = piece(Path(config.out) / "timings", f"{once} {delay:g}", lambda: time_steps(config, once, delay))
+                piece(Path(config.out) / "timings", f"{kind} {delay:g}", lambda: timings)
         finish(config, "slow_rewards", collect(config), draw, table, verdict)
 
 
