@@ -23,7 +23,7 @@ from pathlib import Path
 from countdown import check_split, fill_template
 from machinery.checkpoints import DTYPES, check_dtype, end_tokens, load
 from machinery.flags import bad_input_exits, parse_config
-from machinery.judging import NO_VERDICT, Judges, Judging, check_judges
+from machinery.judging import Judges, Judging, check_judges, late_share
 from machinery.run_folder import check_new_file, write_json
 from machinery.statistics import name_problems, wilson_interval
 from machinery.tasks import as_dict, find_tasks
@@ -205,9 +205,7 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
         table[f"maj@{k}"] = mean(votes_are_right(task, problems, texts, judges))
     parts = means([one.parts for one in judged])
     parts.pop("accuracy", None)  # it is pass@1
-    table |= parts | means([one.watched for one in judged])
-    if late := sum(one.verdict.startswith(NO_VERDICT) for one in judged):
-        table["no_verdict"] = late / len(judged)
+    table |= parts | means([one.watched for one in judged]) | late_share([one.verdict for one in judged])
     table |= looks(texts, completions, config.language)
     table |= by_group("completion_tokens", list(map(task.group, drawn)), [len(c.token_ids) for c in completions])
     if task.name == "countdown":

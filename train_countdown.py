@@ -45,7 +45,7 @@ from machinery.checkpoints import DTYPES, check_dtype, end_tokens
 from machinery.data import fingerprint
 from machinery.flags import (StopRequest, bad_input_exits, broken_weights_exit, check_positive, disk_full_exits,
                              out_of_memory_exits, parse_config)
-from machinery.judging import Judges, Judging, NO_VERDICT, check_judges
+from machinery.judging import Judges, Judging, check_judges, late_share
 from machinery.lora import without_lora
 from machinery.memory import MEMORY_ONLY
 from machinery.notes import check_learning_rate
@@ -390,9 +390,9 @@ def log_row(run: Run, rollouts: list[Rollout], stats: dict, step_started: float,
     tokens, seconds = sum(len(r.completion.token_ids) for r in rollouts), time.time() - step_started
     has_advantage = [any(r.advantage) if isinstance(r.advantage, list) else r.advantage != 0 for r in rollouts]
     equal = [not any(has_advantage[i:i + config.group_size]) for i in range(0, len(rollouts), config.group_size)]
-    late = sum(r.score.verdict.startswith(NO_VERDICT) for r in rollouts)
     return {"step": run.step, **evaluate.describe_step(rollouts, config.language),
-            "equal_groups": sum(equal) / len(equal), **stats, **({"no_verdict": late / len(rollouts)} if late else {}), "tokens": tokens, "seconds": seconds,
+            "equal_groups": sum(equal) / len(equal), **stats,
+            **late_share([r.score.verdict for r in rollouts]), "tokens": tokens, "seconds": seconds,
             "sampling_seconds": sampling_seconds, "tokens_per_second": tokens / seconds}
 
 

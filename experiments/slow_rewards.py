@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import matplotlib.pyplot as plt
 
 import evaluate
 import train_countdown
+from evaluate import mean
 from experiments.study import (average, begin, finish, has_pieces, markdown, measured, paired, piece, points, run_stages,
                                seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
@@ -41,7 +41,7 @@ from machinery.statistics import scores_of
 from sampling import complete
 
 WAYS = {"a": "at the end, one after the other", "b": "at the end, in parallel", "c": "while others write", "d": "c, one step stale"}
-STALE = {"fresh": 0, "one step stale": 1, "four steps stale": 4}
+STALE = {"fresh": 0, "one-step-stale": 1, "four-steps-stale": 4}
 TIMED = (2, 3)      # of 4 steps; the first one fills what is sampled ahead, the last samples nothing more
 MEASURED_UP_TO = {("sleep", "a"): 0.1, ("burn", "a"): 0.1, ("burn", "b"): 0.1, ("burn", "c"): 0.1, ("burn", "d"): 0.1}
 
@@ -112,9 +112,10 @@ def time_steps(config: Config, kind: str, delay: float) -> dict:
         judges = 1 if way == "a" else config.judges if kind == "sleep" and delay else 0
         began, worked = time.time(), time.process_time()
         with all_at_the_end() if way in "ab" else contextlib.nullcontext():
-            run_main(f"--model {shlex.quote(config.model)} --task {shlex.quote(str(task))} --steps {TIMED[-1] + 1} --judges {judges} "
-                     f"--batch-size {config.batch_size} --max-new-tokens {config.max_new_tokens} --stale {int(way == 'd')} "
-                     f"--eval-n 2 --eval-every 1000 --save-every 1000 --rollouts none --out {shlex.quote(str(folder / way))}")
+            run_stages(folder, [Stage(way, f"python train_countdown.py --model {shlex.quote(config.model)} --task {shlex.quote(str(task))} "
+                       f"--steps {TIMED[-1] + 1} --judges {judges} --batch-size {config.batch_size} --stale {int(way == 'd')} "
+                       f"--max-new-tokens {config.max_new_tokens} --eval-n 2 --eval-every 1000 --save-every 1000 "
+                       f"--rollouts none --out {shlex.quote(str(folder / way))}")], "python -m experiments.slow_rewards")
         rows = read_jsonl(folder / way / "metrics.jsonl")
         found[way] = {"seconds": [row["seconds"] for row in rows if row["step"] in TIMED],
                       "sampling": [row["sampling_seconds"] for row in rows if row["step"] in TIMED],
@@ -130,14 +131,6 @@ def all_at_the_end():
         yield
     finally:
         train_countdown.complete = complete
-
-
-def run_main(flags: str) -> None:
-    before, sys.argv = sys.argv, ["train_countdown.py", *shlex.split(flags)]
-    try:
-        train_countdown.main()
-    finally:
-        sys.argv = before
 
 
 def step_seconds(config: Config, timings: dict) -> dict:
@@ -161,17 +154,13 @@ def step_seconds(config: Config, timings: dict) -> dict:
     return found
 
 
-def mean(values) -> float:
-    return sum(values) / len(values)
-
-
 # --------------------------------------------------------------------------------------------------------------- training
 def stages(config: Config, seed: int) -> list[Stage]:
     folder, model = shlex.quote(str(seed_folder(config, seed))), shlex.quote(config.model)
     small = "--eval-n 16 " * config.quick
-    rl = [Stage(arm.replace(" ", "-"), f"python train_countdown.py --model {model} --steps {config.steps} --final-lr 0.1 --stale {stale} "
+    rl = [Stage(arm, f"python train_countdown.py --model {model} --steps {config.steps} --final-lr 0.1 --stale {stale} "
                 f"--batch-size {config.batch_size} --eval-every {config.eval_every} --max-new-tokens {config.max_new_tokens} "
-                f"--rollouts none {small}--seed {seed} --out {folder}/{arm.replace(' ', '-')}") for arm, stale in STALE.items()]
+                f"--rollouts none {small}--seed {seed} --out {folder}/{arm}") for arm, stale in STALE.items()]
     return [*rl, Stage("sampled", f"python rejection.py --model {model} --n {config.steps * config.batch_size // 16} --samples 16 "
                        f"--max-new-tokens {config.max_new_tokens} --seed {seed} --out {folder}/sampled.jsonl"),
             Stage("offline", f"python sft.py --data {folder}/sampled.jsonl --model {model} --epochs 2 --learning-rate 1e-3 "
@@ -206,7 +195,7 @@ def collect(config: Config) -> dict:
     seconds = step_seconds(config, timings)
     folders, arms = [seed_folder(config, seed) for seed in range(config.seeds)], {}
     curves = [piece(folder, "curves") for folder in folders]
-    runs = {name: [piece(folder, name) for folder in folders] for name in (*(arm.replace(" ", "-") for arm in STALE), "offline")}
+    runs = {name: [piece(folder, name) for folder in folders] for name in (*STALE, "offline")}
     scores = {name: list(map(scores_of, tables)) for name, tables in runs.items()}
     for name, tables in runs.items():
         arms[name] = {"pass@1": measured(scores[name]), "minus fresh": paired(scores[name], scores["fresh"]),

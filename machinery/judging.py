@@ -125,6 +125,12 @@ class Judging:
         return Judged(parts, f"{NO_VERDICT} within {self.judges.seconds:g} s", {})
 
 
+def late_share(verdicts: list[str]) -> dict[str, float]:
+    """For a log or a table: {"no_verdict": share}, where there are any."""
+    late = sum(verdict.startswith(NO_VERDICT) for verdict in verdicts)
+    return {"no_verdict": late / len(verdicts)} if late else {}
+
+
 def check_judges(judges: int, seconds: float) -> None:
     """Raises ValueError for numbers that cannot be."""
     if not 0 <= judges <= MOST or seconds <= 0:

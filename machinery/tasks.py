@@ -243,8 +243,8 @@ class Limited(random.Random):
 
 
 def check_task(task: Task, style: str) -> None:
-    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct, of five problems of
-    each; judges ask, so that what cannot be called on threads is found out here."""
+    """Raises ValueError unless all splits can be drawn from and none meet, and every gold is correct; judges ask,
+    so that what cannot be called on threads is found out here."""
     seam, keys, golds = task.seam, {}, []
     for split in SPLITS:
         rng = Limited(0)
@@ -259,7 +259,7 @@ def check_task(task: Task, style: str) -> None:
             if keys.setdefault(seam.key(problem), split) != split:
                 raise ValueError(f"got task {task.name}, which draws {seam.key(problem)!r} for {keys[seam.key(problem)]} and "
                                  f"for {split}; expected each key in one of them: see countdown.split_of")
-        for problem in problems[:5]:
+        for problem in problems:
             seam.question(problem, style)
             if (gold := seam.gold(problem)) is not None:
                 golds.append((problem, gold))
