@@ -50,7 +50,7 @@ class Config:
     shots: int = 0                   # solved examples before each prompt
     language: str = "en"             # the language that consistency is measured against
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
-    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    judges: int = 0                  # verdicts at the same time, while others write; 0: one a core, on a CPU at the end
     verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     show: int = 0                    # print this many completions with their verdicts
     json: str = ""                   # also write the settings and the table to this file
@@ -173,7 +173,7 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
     """-> (the table's numbers, a record per completion). judges: those of a run that evaluates; None: some of its own.
     Raises ValueError where a prompt does not fit the context."""
     if not judges:
-        with contextlib.closing(Judges(config.judges, config.verdict_seconds)) as own:
+        with contextlib.closing(Judges(config.judges, config.verdict_seconds, model.lm_head.weight.device)) as own:
             return evaluate(model, tokenizer, config, own)
     task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)

@@ -66,7 +66,7 @@ class Config:
     rounds: int = 1                  # after each but the last, fine-tune --base on all rows so far and sample from that
     base: str = "models/tiny-base"   # what --rounds fine-tunes
     sft_flags: str = "--learning-rate 1e-3 --epochs 2"  # flags of sft.py for --rounds
-    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    judges: int = 0                  # verdicts at the same time, while others write; 0: one a core, on a CPU at the end
     verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
     dtype: str = "float32"           # what the model computes in: float32 or bfloat16
@@ -130,7 +130,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     check_room(tokenizer, prompts, config.style, config.max_new_tokens, model.config.context)
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
     rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
-    judges = Judges(config.judges, config.verdict_seconds)
+    judges = Judges(config.judges, config.verdict_seconds, config.device)
     for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):
         chunk = known.get((round_, start))
         if chunk is None:

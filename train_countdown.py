@@ -10,7 +10,7 @@
 The algorithm, one step (DeepSeek-R1, arXiv 2501.12948, section 2.2; the loss is in grpo.py):
 
     1. draw P train problems
-    2. sample G completions of each; while some are still being written, those that have ended are judged
+    2. sample G completions of each; with --judges those that have ended are judged while others are still written
     3. reward them: accuracy, format, whatever else the task weighs
     4. advantages: who beat the group's mean, and by how much
     5. log-probs of the same tokens under ref_policy, only with --kl-coef
@@ -108,7 +108,7 @@ class Config:
     rollouts: str = "every"          # completions kept in rollouts.jsonl: every, sampled (steps with a sample) or none
     micro_batch_tokens: int = 2048   # tokens per training pass, padding included; memory and speed, never the loss
     slots: int = 256                 # rows that decode at the same time; memory and speed, never the tokens
-    judges: int = 0                  # verdicts at the same time, while completions are written; 0: one a core
+    judges: int = 0                  # verdicts at the same time, while others write; 0: one a core, on a CPU at the end
     verdict_seconds: float = 300.0   # for each; a later one counts as wrong
     dtype: str = "float32"           # what the model computes in: float32, or bfloat16 with fp32 master weights
     activation_checkpointing: bool = False  # keep a block's input only, compute the rest again in the backward pass
@@ -244,7 +244,7 @@ def start(config: Config):
     with bad_input_exits():
         run, reward_model = open_run(config), None
         tasks = find_tasks(config.task, config.level, config.weights, config.style, config.eval_task, config.sandbox)
-        run.judges = Judges(config.judges, config.verdict_seconds)
+        run.judges = Judges(config.judges, config.verdict_seconds, "" if config.stale else run.device)
         prompts = [task.prompt(problem, config.style, run.tokenizer) for task in evaluated_tasks(config)
                    for problem in task.problems(config.eval_n, "validation", seed=0)]  # do they fit? And of 20 steps:
         prompts += [task.prompt(problem, config.style, run.tokenizer) for seed in range(20) for task, problem in

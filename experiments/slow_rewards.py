@@ -5,8 +5,8 @@ A verdict takes 0, 0.1, 1 or 3 seconds: sleeping, as a remote build does (64 jud
 (as many judges as cores). The ways:
 
     a  all verdicts when the batch is written, one after the other
-    b  all when it is written, in parallel
-    c  each from the moment its completion ends, while others still write: what train_countdown.py does
+    b  all when it is written, in parallel: without --judges on a CPU
+    c  each from the moment its completion ends, while others still write: with --judges, and wherever a GPU samples
     d  --stale 1: c, and the next batch is sampled while the last one is judged, so training is a step behind sampling
     e  offline: rejection sampling from the base with the same number of completions, then SFT
 
@@ -20,6 +20,7 @@ a, b and c sample and train the same tokens, so steps of each are timed and one 
 
 import contextlib
 import hashlib
+import os
 import shlex
 import shutil
 import time
@@ -109,7 +110,7 @@ def time_steps(config: Config, kind: str, delay: float) -> dict:
     for way in WAYS:
         if delay > MEASURED_UP_TO.get((kind, way), delay):
             continue
-        judges = 1 if way == "a" else config.judges if kind == "sleep" and delay else 0
+        judges = 1 if way == "a" else config.judges if kind == "sleep" and delay else os.cpu_count()
         began, worked = time.time(), time.process_time()
         with all_at_the_end() if way in "ab" else contextlib.nullcontext():
             run_stages(folder, [Stage(way, f"python train_countdown.py --model {shlex.quote(config.model)} --task {shlex.quote(str(task))} "

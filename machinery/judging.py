@@ -4,7 +4,8 @@ A task's score may take seconds: it runs tests, or asks a machine far away. It s
 done, and is called on threads: the sampler hands each completion over at the moment it ends, and whoever waits for its
 verdict waits while others still write. Python computes on one thread at a time, so a score gains by this where it
 waits, starts processes or computes outside Python. No token depends on it: tests/machinery/test_judging.py holds it
-to judging one after the other. docs/slow-rewards.md measures what it saves.
+to judging one after the other. docs/slow-rewards.md measures what it saves, and where it costs: verdicts that compute on
+the cores that sample. So on a CPU they begin when all is written, unless --judges is given.
 
 A verdict that takes longer than --verdict-seconds is none: all its parts are 0, and the log counts it ("no_verdict").
 Threads are daemons, so nothing waits for them when the script ends.
@@ -40,10 +41,12 @@ def judge(task, problem, text: str) -> Judged:
 
 class Judges:
     """Threads, so many of this process; 0: one a core. What is handed over first is judged first, whatever batch it is
-    of. seconds: for each verdict. Raises ValueError where the machine does not start so many."""
+    of. seconds: for each verdict; device: the sampler's, whose cores they leave alone where it is "cpu" and number 0.
+    Raises ValueError where the machine does not start so many."""
 
-    def __init__(self, number: int = 0, seconds: float = 300.0):
+    def __init__(self, number: int = 0, seconds: float = 300.0, device=""):
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
+        self.stand_back = not number and str(device) == "cpu"
         self.number, self.seconds, self.waiting = number or max(1, cores), seconds, SimpleQueue()
         for started in range(self.number):
             try:
@@ -75,9 +78,10 @@ class Judging:
         self.handed_over, self.begun = set(), {}  # indices; index -> when a judge took it
 
     def begin(self, index: int, text: str) -> int:
-        """Hands a completion over; -> how many verdicts there are."""
-        self.handed_over.add(index)
-        self.judges.waiting.put((self, index, text))
+        """A completion has ended, while others are still written; -> how many verdicts there are."""
+        if not self.judges.stand_back:
+            self.handed_over.add(index)
+            self.judges.waiting.put((self, index, text))
         return self.answers.qsize()
 
     def judge(self, index: int, text: str) -> bool:
@@ -99,7 +103,7 @@ class Judging:
         in one line where no verdict comes at all."""
         found, late, seconds = {}, 0, self.judges.seconds
         for index in set(range(len(texts))) - self.handed_over:
-            self.begin(index, texts[index])
+            self.judges.waiting.put((self, index, texts[index]))
         with tqdm(total=len(self.drawn), desc="verdicts", delay=2, leave=False) as bar:
             while len(found) < len(self.drawn):
                 with contextlib.suppress(Empty):

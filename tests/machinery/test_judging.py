@@ -100,6 +100,17 @@ def test_where_no_verdict_comes_at_all_it_ends_in_one_line(capfd):
     never.set()
 
 
+@pytest.mark.parametrize("number, device, while_others_write", ((0, "cpu", False), (2, "cpu", True), (0, "cuda:0", True)))
+def test_on_a_cpu_verdicts_leave_the_sampler_its_cores_unless_judges_are_given(number, device, while_others_write):
+    asked = threading.Event()
+    drawn = drawn_with(lambda problem, text: (asked.set(), ({"accuracy": 1.0}, "correct"))[1], 2)
+    with contextlib.closing(Judges(number, device=device)) as judges:
+        judging = Judging(judges, drawn)
+        judging.begin(0, "")
+        assert asked.wait(5 if while_others_write else 0.2) == while_others_write
+        assert len(judging.verdicts(["", ""])) == 2
+
+
 def test_batches_share_the_judges_and_the_older_one_is_judged_first():
     at_once, most, order, lock = [0], [0], [], threading.Lock()
 
