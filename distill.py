@@ -164,7 +164,7 @@ def compute(config: Config) -> dict[str, float]:
     if config.logits:
         flops["logits"] = flops["distill"] + 2 * parameters(config.teacher) * sft_tokens
     for name in ("student-rl", "distill-rl"):
-        flops[name] = sum(row["tokens"] * (2 + 6 * (1 - row["equal_groups"])) * student
+        flops[name] = sum((2 * row["tokens"] + 6 * row["trained_tokens"]) * student
                           for row in read_jsonl(folder / name / "metrics.jsonl") if row["step"])
     flops["distill-rl"] += flops["distill"]
     return flops

@@ -36,7 +36,7 @@ from countdown import check_style, fill_template
 from machinery.batching import micro_batches, pad_rows
 from machinery.checkpoints import (DTYPES, check_device, check_dtype, check_finite, end_tokens, find_directory, load,
                                    read_directory, save)
-from machinery.data import check_rows, read_jsonl, short
+from machinery.data import check_rows, keep_out, read_jsonl, short
 from machinery.flags import (bad_input_exits, broken_weights_exit, check_positive, disk_full_exits, fail,
                              parse_config)
 from machinery.notes import check_learning_rate, check_unknown, note
@@ -147,12 +147,12 @@ def preference_scores(reward_model, tokenizer, prompts: list[str], completions: 
 
     A reply longer than the context scores as its beginning does: a policy must not end a run by rambling."""
     context = reward_model.backbone.config.context
-    rows = [row[:context] for row in rows_to_score(tokenizer, prompts, completions, style)]
-    scores = [0.0] * len(rows)
-    for micro_batch in micro_batches(list(map(len, rows)), token_budget):
-        for i, score in zip(micro_batch, reward_model([rows[i] for i in micro_batch]).tolist()):
-            scores[i] = score
-    return scores
+    rows = [tuple(row[:context]) for row in rows_to_score(tokenizer, prompts, completions, style)]
+    different, scores = list(dict.fromkeys(rows)), {}  # once: another batch rounds otherwise, and advantages would see it
+    for micro_batch in micro_batches(list(map(len, different)), token_budget):
+        own = [different[i] for i in micro_batch]
+        scores |= zip(own, reward_model(list(map(list, own))).tolist())
+    return [scores[row] for row in rows]
 
 
 def load_judge(directory, tokenizer, style: str, *, dtype=torch.float32, device="cpu"):
@@ -220,15 +220,15 @@ def main() -> None:
         check_free(config.out)
         backbone, tokenizer = load(config.model, dtype=DTYPES[config.dtype], device=config.device)
         pairs = read_pairs(config.data, tokenizer, backbone.config.context, config.style)
-        random.Random(config.seed).shuffle(pairs)
-        held_out, pairs = pairs[:config.eval_pairs], pairs[config.eval_pairs:]
+        content = [str((pair["chosen"], pair["rejected"])) for pair in pairs]  # prompt and replies
+        held_out, pairs = keep_out(content, pairs, config.eval_pairs, config.seed)
         if not pairs or not held_out:
             raise ValueError(f"got {len(held_out) + len(pairs)} pairs in {config.data}, of which --eval-pairs "
-                             f"{config.eval_pairs} are kept out; expected at least one on each side")
+                             f"{config.eval_pairs} are kept out; expected at least one on each side, and equal pairs on one")
         trained = {pair["key"] for pair in pairs}
         if seen := sum(pair["key"] in trained for pair in held_out):
-            note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too: what is "
-                 "measured there is new replies, not new prompts")
+            note(f"{seen} of the {len(held_out)} held-out pairs have a prompt that training pairs have too, none of them "
+                 "with both replies: what is measured there is new replies, not new prompts")
         check_style_fits(backbone, tokenizer, config.style, end_tokens(backbone, tokenizer))
         check_learning_rate(backbone, config.learning_rate, 1e-4)
         run = create_run(config.out, config)

@@ -335,7 +335,7 @@ def update(run: Run, batch: list[tuple], advantages, ref_logprobs, divisor: int,
     if not tokens:  # nothing was computed, so nothing is known of these
         averages, first_epoch = {"loss": 0.0}, {}
     return {**first_epoch, **{name: value for name, value in averages.items() if name not in first_epoch},
-            "gradient_norm": norm, "learning_rate": learning_rate(run.step, config)}
+            "trained_tokens": tokens * config.inner_epochs, "gradient_norm": norm, "learning_rate": learning_rate(run.step, config)}
 
 
 def micro_batch_loss(run: Run, batch: list, cut: list[int], advantages, ref_logprobs, divisor: int, config: Config):

@@ -176,18 +176,18 @@ def check_characters(text: str) -> None:
 
 
 def keep_out(keys: list[str], examples: list, n: int, seed: int) -> tuple[list, list]:
-    """-> (n held-out examples or a few more, the rest, shuffled): all with one key, which is their prompt
-    (text.prompt_key), are on the same side. A prompt of more than an eighth of n stays in training, as long as there are
-    others."""
+    """-> (n held-out examples or a few more, the rest, shuffled): all with one key are on the same side: a prompt
+    (text.prompt_key), or a pair's prompt and replies. A key of more than an eighth of n stays in training, as long as
+    there are others."""
     order, rows = list(range(len(examples))), {}
     random.Random(seed).shuffle(order)
     for i, key in enumerate(keys):
         rows.setdefault(key, []).append(i)
-    prompts = list(rows)  # each as likely as any other, however many rows it has
-    random.Random(seed).shuffle(prompts)
+    groups = list(rows)  # each as likely as any other, however many rows it has
+    random.Random(seed).shuffle(groups)
     held_out: dict[int, None] = {}
-    for prompt in sorted(prompts, key=lambda prompt: len(rows[prompt]) > max(1, n // 8)):
+    for group in sorted(groups, key=lambda group: len(rows[group]) > max(1, n // 8)):
         if len(held_out) >= n:
             break
-        held_out |= dict.fromkeys(rows[prompt])
+        held_out |= dict.fromkeys(rows[group])
     return [examples[i] for i in held_out], [examples[i] for i in order if i not in held_out]

@@ -162,18 +162,18 @@ def test_parameters_are_counted_from_the_weight_files(base, teacher):
 
 
 def test_compute_by_hand(base, teacher, tmp_path):
-    """2 FLOPs a parameter and token for reading or writing, 6 for training; equal groups are not trained on."""
+    """2 FLOPs a parameter and token for reading or writing, 6 for training, of the tokens that were trained on."""
     config = replace(Config(), out=str(tmp_path), student=str(base), teacher=str(teacher), logits=True)
     s, t = parameters(base), parameters(teacher)
     (tmp_path / "student-traces.jsonl.report.json").write_text(json.dumps({"rounds": [{"sampled_tokens": 1000}]}))
     for name, rows in (("distill", [{"tokens": 300}, {"tokens": 200}]),
-                       ("student-rl", [{"step": 0}, {"step": 1, "tokens": 4000, "equal_groups": 0.25}]),
-                       ("distill-rl", [{"step": 0}, {"step": 1, "tokens": 100, "equal_groups": 1.0}])):
+                       ("student-rl", [{"step": 0}, {"step": 1, "tokens": 4000, "trained_tokens": 2500}]),
+                       ("distill-rl", [{"step": 0}, {"step": 1, "tokens": 100, "trained_tokens": 0}])):
         (tmp_path / name).mkdir()
         append_jsonl(tmp_path / name / "metrics.jsonl", *rows)
     flops = compute(config)
     assert flops["distill"] == 2 * t * 1000 + 6 * s * 500
-    assert flops["student-rl"] == 4000 * (2 + 6 * 0.75) * s
+    assert flops["student-rl"] == (2 * 4000 + 6 * 2500) * s
     assert flops["distill-rl"] == flops["distill"] + 100 * 2 * s
     assert flops["logits"] == flops["distill"] + 2 * t * 500
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import preference
 from machinery.checkpoints import load
 from machinery.run_folder import append_jsonl
+from tasks.general import write_rows
 from preference import (RewardModel, agreement, load_reward_model, margins, preference_scores, read_pairs,
                         rows_to_score, save_reward_model)
 
@@ -25,10 +26,11 @@ def judge(base):
 
 
 def pairs_file(path, n: int = 300, flaw: bool = True):
-    """Friendly over rude: easy to learn. The prompt says nothing about which is which."""
+    """Friendly over rude, in a few hundred wordings: easy to learn. The prompt says nothing about which is which."""
     rng = random.Random(0)
-    append_jsonl(path, *({"prompt": rng.choice(("hello\n", "hi\n", "danke\n")), "chosen": rng.choice(("hello", "hi")),
-                          "rejected": rng.choice(("go away", "not you"))} | ({"flaw": "rude"} if flaw else {})
+    prompts, friends = ("hello\n", "hi\n", "danke\n", "goodbye\n"), ("hello", "hi", "thank you", "good morning", "you are welcome!")
+    append_jsonl(path, *({"prompt": rng.choice(prompts), "chosen": f"{rng.choice(friends)}, {rng.choice(friends)}",
+                          "rejected": rng.choice(("go away", "not you", "go away, not you"))} | ({"flaw": "rude"} if flaw else {})
                          for _ in range(n)))
     return path
 
@@ -126,16 +128,40 @@ def train(monkeypatch, base, tmp_path, *flags):
 def test_it_learns_to_order_pairs_that_it_never_saw(monkeypatch, base, tmp_path, capsys):
     run = train(monkeypatch, base, tmp_path)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 8 + 1  # 250 pairs in steps of 32, and the last line
+    assert len(rows) == 8 + 1  # about 250 pairs in steps of 32, and the last line
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.1)  # it begins with no opinion
-    assert rows[-1]["n"] == 50 and rows[-1]["eval_all"] == rows[-1]["eval_rude"] > 0.95
-    assert "orders 100.0% of 50 held-out pairs right" in capsys.readouterr().out
-    scores = preference_scores(*load_reward_model(run / "checkpoint"), ["hi\n"] * 2, ["hello", "go away"])
+    assert 50 <= rows[-1]["n"] < 56 and rows[-1]["eval_all"] == rows[-1]["eval_rude"] > 0.95
+    assert f"orders 100.0% of {rows[-1]['n']} held-out pairs right" in capsys.readouterr().out
+    scores = preference_scores(*load_reward_model(run / "checkpoint"), ["hi\n"] * 2, ["hello, hi", "go away"])
     assert scores[0] > scores[1] + 1
 
-    monkeypatch.setattr(sys, "argv", ["preference.py", "--model", str(run / "checkpoint"), "--say", "hi", "hello", "go away"])
+    monkeypatch.setattr(sys, "argv", ["preference.py", "--model", str(run / "checkpoint"), "--say", "hi", "hello, hi", "go away"])
     preference.main()
-    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == ["hello", "go away"]
+    assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == ["hello, hi", "go away"]
+
+
+def test_no_held_out_pair_stands_in_training_word_for_word(monkeypatch, base, tmp_path, capsys):
+    """Of the pairs that R1 trains on, which repeat themselves: a small world has few greetings."""
+    rows = write_rows("pairs", 1500, 0)
+    assert len({(row["prompt"], row["chosen"], row["rejected"]) for row in rows}) < 0.8 * len(rows)
+    append_jsonl(tmp_path / "rows.jsonl", *rows)
+    split, keep_out = [], preference.keep_out
+    monkeypatch.setattr(preference, "keep_out", lambda *given: split.append(keep_out(*given)) or split[0])
+    train(monkeypatch, base, tmp_path, "--data", str(tmp_path / "rows.jsonl"))
+    held_out, trained = ([(tuple(pair["chosen"]), tuple(pair["rejected"])) for pair in side] for side in split[0])
+    assert 50 <= len(held_out) < 60 and not set(held_out) & set(trained) and len(held_out) + len(trained) == 1500
+    assert "none of them with both replies" in capsys.readouterr().err
+
+
+def test_equal_replies_have_equal_scores(judge):
+    """Whatever shares their batch: a difference in the last bit would be an advantage of 1."""
+    def noisy(rows):
+        return torch.rand(len(rows))
+
+    noisy.backbone = judge[0].backbone
+    texts = ["hello", "hi", "<think>hi</think>hello", "go away not you", "hello", "hi"]
+    scores = preference_scores(noisy, judge[1], ["hello\n"] * 5 + ["hi\n"], texts, token_budget=8)
+    assert scores[0] == scores[2] == scores[4] and len(set(scores)) == 4  # the last prompt is another one
 
 
 def test_the_same_seed_gives_the_same_reward_model(monkeypatch, base, tmp_path):
