@@ -271,7 +271,8 @@ def test_what_is_read_anew_is_remembered(base, monkeypatch, tmp_path, quiet_trai
 
 def test_pairs_that_teach_nothing_and_prompts_on_both_sides_are_counted(base, monkeypatch, tmp_path, capfd):
     """Of reward model's pairs: a frequent prompt may stand on both sides, and then the held-out figure says so."""
-    pairs = [{"prompt": "hi\n", "chosen": "hello", "rejected": "hello" if i < 3 else "go away"} for i in range(8)]
+    chosen = ["hello"] * 4 + ["hi", "hello, hi", "hi, hi", "thank you"]
+    pairs = [{"prompt": "hi\n", "chosen": chosen[i], "rejected": "hello" if i < 3 else "go away"} for i in range(8)]
     append_jsonl(tmp_path / "pairs.jsonl", *pairs)
     monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path / "pairs.jsonl"), "--model", str(base), "--eval-pairs", "2",
                                       "--out", str(tmp_path / "run")])
