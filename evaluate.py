@@ -173,7 +173,7 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
     """-> (the table's numbers, a record per completion). judges: those of a run that evaluates; None: some of its own.
     Raises ValueError where a prompt does not fit the context."""
     if not judges:
-        with contextlib.closing(Judges(config.judges, config.verdict_seconds, model.lm_head.weight.device)) as own:
+        with contextlib.closing(Judges(config.judges, config.verdict_seconds, config.device)) as own:
             return evaluate(model, tokenizer, config, own)
     task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)
@@ -202,7 +202,8 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
     if k > 1:
         for size in sorted({size for size in (4, 16, 64, 256) if size < k} | {k}):
             table[f"pass@{size}"] = sum(pass_at_k(k, sum(row), size) for row in right) / n
-        table[f"maj@{k}"] = mean(votes_are_right(task, problems, texts, judges))
+        votes = votes_are_right(task, problems, texts, judges)
+        table[f"maj@{k}"] = mean(votes)
     parts = means([one.parts for one in judged])
     parts.pop("accuracy", None)  # it is pass@1
     table |= parts | means([one.watched for one in judged]) | late_share([one.verdict for one in judged])
@@ -213,15 +214,18 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
         if config.style != "base":  # a base prompt asks for thinking, so there is no small talk to measure
             table |= evaluate_general(model, tokenizer, n, config, settings)
     records = [{**as_dict(problem), "key": task.seam.key(problem), "prompt": prompts[i // k], "completion": text,
-                "verdict": one.verdict} for i, (problem, text, one) in enumerate(zip(drawn, texts, judged))]
+                "verdict": one.verdict, **({"vote": votes[i // k]} if k > 1 else {})}
+               for i, (problem, text, one) in enumerate(zip(drawn, texts, judged))]
     return table, records
 
 
 def by_problem(records: list[dict], samples: int) -> dict:
-    """For machinery/statistics.py: which problems these are, as a hash, and how many samples of each are right."""
+    """For machinery/statistics.py: which problems these are, as a hash, how many samples of each are right, and, of
+    several, whether their majority is."""
     right = [record["verdict"] == "correct" for record in records]
     return {"problems": name_problems(record["key"] for record in records[::samples]),
-            "right": [sum(right[i:i + samples]) for i in range(0, len(right), samples)]}
+            "right": [sum(right[i:i + samples]) for i in range(0, len(right), samples)],
+            **({"votes": [int(record["vote"]) for record in records[::samples]]} if samples > 1 else {})}
 
 
 def print_table(table: dict, split: str) -> None:

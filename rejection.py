@@ -32,6 +32,7 @@ from machinery.checkpoints import (DTYPES, check_device, check_dtype, end_tokens
 from machinery.data import check_rows, fingerprint, read_jsonl
 from machinery.flags import bad_input_exits, check_positive, fail, parse_config
 from machinery.judging import Judges, Judging, check_judges
+from machinery.notes import note
 from machinery.run_folder import append_jsonl, saved_checkpoint, write_whole
 from machinery.tasks import as_dict, find_tasks, shares
 from machinery.text import check_room, check_style_fits
@@ -60,7 +61,7 @@ class Config:
     max_repeats: int = 1             # drop completions that write a line of thinking more often than this
     language: str = "en"             # drop completions with a word of another language
     per_puzzle: int = 4              # keep at most this many different completions of a problem
-    limit: int = 0                   # keep at most this many rows, drawn at random; 0: all
+    limit: int = 0                   # ask until so many rows are kept, of n problems at most; 0: ask all n
     non_cot: str = ""                # JSONL of rows without thinking to mix in (tasks.general replies)
     non_cot_share: float = 0.25      # their share of the dataset; DeepSeek-R1: 200k of 800k
     rounds: int = 1                  # after each but the last, fine-tune --base on all rows so far and sample from that
@@ -129,9 +130,12 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
     check_room(tokenizer, prompts, config.style, config.max_new_tokens, model.config.context)
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
-    rows, tokens, at_once = [], 0, max(1, CHUNK // config.samples)
+    rows, tokens, at_once = [], 0, max(1, min(CHUNK, config.limit or CHUNK) // config.samples)
     judges = Judges(config.judges, config.verdict_seconds, config.device)
     for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):
+        if config.limit and len(rows) >= config.limit:
+            break
+        asked = min(start + at_once, len(drawn))
         chunk = known.get((round_, start))
         if chunk is None:
             chunk = sample_chunk(model, tokenizer, drawn, prompts, start, at_once, source, round_, config, judges)
@@ -140,7 +144,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
         tokens += chunk["tokens"]
         dropped.update(chunk["dropped"])
     judges.close()
-    report = {"source": source, "round": round_, "puzzles": len(drawn), "sampled": len(drawn) * config.samples,
+    report = {"source": source, "round": round_, "puzzles": asked, "sampled": asked * config.samples,
               "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
               "puzzles_kept": len({row["prompt"] for row in rows})}
     if not rows:
@@ -268,6 +272,9 @@ def main() -> None:
         rng = random.Random(config.seed)
         if config.limit and len(rows) > config.limit:
             rows = rng.sample(rows, config.limit)
+        elif len(rows) < config.limit:
+            note(f"{len(rows)} rows are kept of the --limit {config.limit} that was asked for, after all {config.n} problems; "
+                 "raise --n or --samples")
         if config.non_cot:
             rows += rng.sample(non_cot, round(len(rows) * config.non_cot_share / (1 - config.non_cot_share)))
         rng.shuffle(rows)

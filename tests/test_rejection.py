@@ -156,10 +156,18 @@ def test_three_parts_thinking_and_one_part_without(monkeypatch, tmp_path, base, 
     assert report["rows"] == 80 and report["rounds"][0]["kept"] == 60
 
 
-def test_the_limit_draws_from_all_puzzles(monkeypatch, tmp_path, base, fake_sampler):
-    fake_sampler(right)
-    rows = call(monkeypatch, tmp_path, "--model", base, "--n", 30, "--samples", 2, "--limit", 10)
-    assert len(rows) == 10 and len({row["prompt"] for row in rows}) > 5
+def test_it_asks_until_it_has_enough(monkeypatch, tmp_path, base, fake_sampler, capfd):
+    """One of three completions of a puzzle is right: 10 rows are there after 30 completions at the earliest, and not all
+    90 are sampled. Where all are not enough it says so."""
+    fake_sampler(lambda numbers, target, i: right(numbers, target, 0) if i == 0 else "no")
+    rows = call(monkeypatch, tmp_path, "--model", base, "--n", 30, "--samples", 3, "--limit", 10)
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())["rounds"][0]
+    assert len(rows) == 10 and 10 <= report["puzzles"] < 20 and report["sampled"] == 3 * report["puzzles"] == sum(
+        report["dropped"].values()) + report["kept"]
+    for path in tmp_path.glob("out.jsonl*"):
+        path.unlink()
+    assert len(call(monkeypatch, tmp_path, "--model", base, "--n", 30, "--samples", 3, "--limit", 31)) == 30
+    assert "30 rows are kept of the --limit 31 that was asked for, after all 30 problems" in capfd.readouterr().err
 
 
 def test_rounds_fine_tune_on_all_rows_so_far_and_add_what_is_new(monkeypatch, tmp_path, base, fake_sampler):
