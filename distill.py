@@ -56,8 +56,9 @@ class Config:
     level: str = ""                  # of the task; empty: its first
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny, base or chat
-    n: int = 1200                    # train problems that the teacher solves
+    n: int = 1200                    # train problems that the teacher is asked, at most
     samples: int = 4                 # completions of each
+    rows: int = 0                    # traces to keep: it is asked until they are there; 0: all n are asked
     non_cot: bool = True             # a quarter of the rows are replies without thinking (tasks.general replies)
     epochs: int = 3                  # passes over the traces; the paper: 2 to 3
     sft_learning_rate: float = 2e-3  # AdamW peak; for 0.2M parameters
@@ -99,10 +100,10 @@ def student_stages(config: Config) -> list[Stage]:
         non_cot, data = "", f"{folder}/student-traces.jsonl"
         if config.non_cot:
             non_cot = f"--non-cot {folder}/student-replies.jsonl "
-            stages.append(Stage("student-replies", f"python -m tasks.general replies --n {2 * config.n} "
+            stages.append(Stage("student-replies", f"python -m tasks.general replies --n {config.rows or 2 * config.n} "
                                 f"--seed {config.seed} --out {folder}/student-replies.jsonl"))
         stages.append(Stage("student-traces", f"python rejection.py --model {teacher} {non_cot}{task} --n {config.n} "
-                            f"--samples {config.samples} --max-new-tokens {config.max_new_tokens} "
+                            f"--samples {config.samples} --limit {config.rows} --max-new-tokens {config.max_new_tokens} "
                             f"--seed {config.seed} {machine} --out {data}"))
     sft = (f"python sft.py --data {data} --model {student} --epochs {config.epochs} "
            f"--learning-rate {config.sft_learning_rate} --batch-tokens {config.batch_tokens} "
@@ -151,23 +152,34 @@ def parameters(directory) -> int:
         return sum(p.numel() for p in Model(read_hf_config(find_directory(directory))).parameters())
 
 
+def flops(stage: Stage) -> float:
+    """Of its own, by the rule of 2 a parameter and completion token for a forward pass and 6 for training."""
+    given = dict(zip(stage.flags, stage.flags[1:]))
+    if stage.script == "rejection":
+        return written(stage.out)
+    if stage.script not in ("sft", "train_countdown"):
+        return 0.0  # evaluations do not count, and the reward model is too small to
+    size, rows = parameters(given["--model"]), [row for row in read_jsonl(stage.out / "metrics.jsonl") if "tokens" in row]
+    if stage.script == "sft":
+        reads = 2 * parameters(given["--teacher"]) if "--teacher" in given else 0
+        return sum(row["tokens"] * (6 * size + reads) for row in rows)
+    return sum((2 * row["tokens"] + 6 * row["trained_tokens"]) * size for row in rows)
+
+
+def written(data) -> float:
+    """FLOPs of what rejection.py sampled for this file; 0 where no report says."""
+    report = Path(f"{data}.report.json")
+    rounds = json.loads(report.read_text(encoding="utf-8"))["rounds"] if report.exists() else []
+    return float(sum(2 * parameters(own["source"]) * own["sampled_tokens"] for own in rounds))
+
+
 def compute(config: Config) -> dict[str, float]:
-    """FLOPs of each arm, by the rule of 2 a parameter and completion token for a forward pass and 6 for training."""
-    folder = Path(config.out)
-    student, flops = parameters(config.student), {}
-    traces = 0
-    if not config.data:
-        report = json.loads((folder / "student-traces.jsonl.report.json").read_text(encoding="utf-8"))
-        traces = 2 * parameters(config.teacher) * sum(r["sampled_tokens"] for r in report["rounds"])
-    sft_tokens = sum(row["tokens"] for row in read_jsonl(folder / "distill" / "metrics.jsonl"))
-    flops["distill"] = traces + 6 * student * sft_tokens
-    if config.logits:
-        flops["logits"] = flops["distill"] + 2 * parameters(config.teacher) * sft_tokens
-    for name in ("student-rl", "distill-rl"):
-        flops[name] = sum((2 * row["tokens"] + 6 * row["trained_tokens"]) * student
-                          for row in read_jsonl(folder / name / "metrics.jsonl") if row["step"])
-    flops["distill-rl"] += flops["distill"]
-    return flops
+    """FLOPs of each arm, with what it stands on."""
+    own = {stage.name: flops(stage) for stage in student_stages(config)}
+    traces = own["student-traces"] if not config.data else written(config.data)
+    arms = {"distill": traces + own["distill"], "student-rl": own["student-rl"]}
+    arms["distill-rl"] = arms["distill"] + own["distill-rl"]
+    return arms | ({"logits": traces + own["logits"]} if config.logits else {})
 
 
 def results(config: Config) -> dict[str, dict]:
@@ -179,9 +191,9 @@ def results(config: Config) -> dict[str, dict]:
              "distill-rl": data + minutes["distill"] + minutes["distill-rl"]}
     if config.logits:
         total["logits"] = data + minutes["logits"]
-    flops = compute(config)
+    spent = compute(config)
     return {name: {**json.loads((folder / f"eval-{name}.json").read_text(encoding="utf-8")), "minutes": value,
-                   "flops": flops.get(name, 0.0)} for name, value in total.items()}
+                   "flops": spent.get(name, 0.0)} for name, value in total.items()}
 
 
 def mean_table(configs: list[Config]) -> dict[str, dict]:

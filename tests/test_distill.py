@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -91,7 +92,6 @@ def test_sft_with_a_teacher_comes_closer_to_it(base, teacher, tmp_path, monkeypa
 @pytest.fixture(scope="module")
 def stranger(teacher, tmp_path_factory):
     """The teacher with two words of its vocabulary exchanged."""
-    import shutil
     directory = tmp_path_factory.mktemp("stranger") / "model"
     shutil.copytree(teacher, directory)
     text = json.loads((directory / "tokenizer.json").read_text())
@@ -165,17 +165,25 @@ def test_compute_by_hand(base, teacher, tmp_path):
     """2 FLOPs a parameter and token for reading or writing, 6 for training, of the tokens that were trained on."""
     config = replace(Config(), out=str(tmp_path), student=str(base), teacher=str(teacher), logits=True)
     s, t = parameters(base), parameters(teacher)
-    (tmp_path / "student-traces.jsonl.report.json").write_text(json.dumps({"rounds": [{"sampled_tokens": 1000}]}))
+    (tmp_path / "student-traces.jsonl.report.json").write_text(json.dumps({"rounds": [
+        {"sampled_tokens": 1000, "source": str(teacher)}]}))
     for name, rows in (("distill", [{"tokens": 300}, {"tokens": 200}]),
                        ("student-rl", [{"step": 0}, {"step": 1, "tokens": 4000, "trained_tokens": 2500}]),
+                       ("logits", [{"tokens": 300}, {"tokens": 200}]),
                        ("distill-rl", [{"step": 0}, {"step": 1, "tokens": 100, "trained_tokens": 0}])):
         (tmp_path / name).mkdir()
         append_jsonl(tmp_path / name / "metrics.jsonl", *rows)
+    shutil.copytree(base, tmp_path / "distill" / "checkpoint")  # whose RL it is
     flops = compute(config)
     assert flops["distill"] == 2 * t * 1000 + 6 * s * 500
     assert flops["student-rl"] == (2 * 4000 + 6 * 2500) * s
     assert flops["distill-rl"] == flops["distill"] + 100 * 2 * s
     assert flops["logits"] == flops["distill"] + 2 * t * 500
+    (tmp_path / "student-traces.jsonl.report.json").rename(tmp_path / "mine.jsonl.report.json")
+    assert compute(replace(config, logits=False, data=str(tmp_path / "mine.jsonl"))) == {
+        name: flops[name] for name in ("distill", "student-rl", "distill-rl")}  # who wrote the traces counts here too
+    (tmp_path / "mine.jsonl.report.json").unlink()
+    assert compute(replace(config, logits=False, data=str(tmp_path / "mine.jsonl")))["distill"] == 6 * s * 500  # a stranger's
 
 
 def test_the_arms_differ_in_what_they_should():
