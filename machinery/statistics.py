@@ -108,9 +108,9 @@ def name_problems(keys) -> str:
     return hashlib.sha256("\n".join(map(str, keys)).encode()).hexdigest()[:16]
 
 
-def scores_of(table: dict) -> Scores:
-    """Of what evaluate.py --json writes."""
-    return Scores(table["problems"], [right / table["samples"] for right in table["right"]])
+def scores_of(table: dict, name: str = "right") -> Scores:
+    """Of what evaluate.py --json writes: of its samples, or, with the name votes, of their majority."""
+    return Scores(table["problems"], [value / (table["samples"] if name == "right" else 1) for value in table[name]])
 
 
 def read_table(path, name: str) -> dict:
@@ -120,8 +120,8 @@ def read_table(path, name: str) -> dict:
     return table
 
 
-def read_scores(path) -> Scores:
-    return scores_of(read_table(path, "right"))
+def read_scores(path, name: str = "right") -> Scores:
+    return scores_of(read_table(path, name), name)
 
 
 def show(files: list[str], against: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import distill
 import r1
 from countdown import split_of
 from machinery import plots, rl_run, stages, statistics
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(r1.__file__).parent
 SMALL = ("--zero-steps", 1, "--rl-steps", 2, "--general-steps", 1, "--hacking-steps", 1, "--puzzles", 60, "--samples", 4,
-         "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags", "--batch-size 16 --group-size 8", "--max-new-tokens", 160)
+         "--student-steps", 1, "--after-steps", 1, "--pairs", 700, "--eval-n", 16, "--eval-samples", 1, "--rl-flags",
+         "--batch-size 24 --group-size 8", "--max-new-tokens", 160)
 
 
 def call(out, *flags):
@@ -52,20 +54,29 @@ def test_it_ends_with_a_table_and_two_pictures(recipe):
     for name, row in table["rows"].items():
         evaluation = json.loads((recipe / "seed0" / f"eval-{name}.json").read_text())
         assert all(row[column] == evaluation[column] for column in r1.COLUMNS)
+        assert row.get("code") == (json.loads((recipe / "seed0" / f"eval-code-{name}.json").read_text())["pass@1"]
+                                   if name in ("base", "zero", "sft", "rl-all") else None)
         assert row["seeds"]["pass@1"] == [evaluation["pass@1"]]
     assert table["minutes_of_a_seed"] == pytest.approx(sum(table["minutes"].values())) and table["disk_mib"] > 10
     assert set(table["minutes"]) == {stage.name for stage in r1.all_stages(r1.Config(), 0)}
-    flops = {name: row["flops"] for name, row in table["rows"].items() if "flops" in row}
-    assert flops["distill-rl"] > flops["distill"] > flops["student-base"] == 0
+    flops = {name: row["flops"] for name, row in table["rows"].items()}
+    assert flops["distill-rl"] > flops["distill"] > flops["student-base"] == 0 == flops["base"]
+    assert flops["rl-all"] > flops["sft"] > flops["rl"] > flops["cold-start"] > flops["zero"] > 0
+    assert flops["distill"] == distill.compute(r1.student_config(r1.Config(out=str(recipe)), 0))["distill"]
     markdown = (recipe / "table.md").read_text().splitlines()
-    assert len(markdown) == 4 + len(r1.ROWS) and all(line.count("|") == 16 for line in markdown[2:])
+    assert len(markdown) == 4 + len(r1.ROWS) + 3 + len(r1.CLAIMS) - 1  # one sample a problem has no vote
+    assert all(line.count("|") == 17 for line in markdown[2:4 + len(r1.ROWS)])
+    for claim, a, b in r1.CLAIMS:
+        if "votes" not in a:
+            own = statistics.difference(*([statistics.read_scores(recipe / "seed0" / f"eval-{name}.json")] for name in (a, b)))
+            assert table["claims"][claim] == {"minus": [a, b], **own._asdict(), "verdict": own.verdict()}
     for name in ("ladder.png", "hacking.png"):
         assert (recipe / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_minutes_of_a_row_are_those_of_the_stages_that_made_it(recipe):
     table = json.loads((recipe / "table.json").read_text())
-    named = [stage for _, stages_ in r1.ROWS.values() for stage in stages_]
+    named = [stage for _, stages_, _ in r1.ROWS.values() for stage in stages_]
     assert len(named) == len(set(named))
     made = {stage.name for stage in r1.all_stages(r1.Config(), 0) if not stage.name.startswith("eval-")}
     assert set(named) == made  # none is forgotten
@@ -76,7 +87,7 @@ def test_the_minutes_of_a_row_are_those_of_the_stages_that_made_it(recipe):
 def test_general_prompts_come_in_the_last_steps_only(recipe):
     rows = read_jsonl(recipe / "seed0" / "rl-all" / "metrics.jsonl")
     assert ["general_preference" in row for row in rows if row["step"]] == [False, True]
-    assert {"general_good", "general_thinking", "accuracy"} <= rows[-1].keys()
+    assert {"general_good", "general_thinking", "accuracy", "code_accuracy"} <= rows[-1].keys()
     (row,) = [row for row in read_jsonl(recipe / "seed0" / "hacking" / "metrics.jsonl") if row["step"]]
     assert "preference" in row and "accuracy" not in row  # general prompts alone
 
@@ -95,7 +106,7 @@ def test_no_row_of_any_stage_is_of_the_validation_or_the_test_split(recipe):
     data = {str(path): rows for path, rows in data.items() if rows}
     assert set(data) == {"cold.jsonl", "r1-data.jsonl", "replies.jsonl", "pairs.jsonl", "student-replies.jsonl",
                          "student-traces.jsonl", *(f"{name}/rollouts.jsonl" for name in (
-                             "zero", "zero-language", "rl", "rl-no-language", "rl-all", "hacking", "student-rl",
+                             "zero", "zero-language", "rl", "rl-all", "hacking", "student-rl",
                              "distill-rl"))}
     without = {"replies.jsonl", "pairs.jsonl", "student-replies.jsonl", "hacking/rollouts.jsonl"}
     held_out = {f"{prompt}\n" for prompts in NEW.values() for prompt in prompts}
@@ -127,6 +138,27 @@ def no_stage(import_module):
     return imported
 
 
+def test_stages_that_follow_each_other_draw_their_own_problems(recipe):
+    """Each RL stage of the chain, and each sampling of a dataset; arms of a comparison draw the same."""
+    seed0 = recipe / "seed0"
+    puzzles = {name: {row["prompt"] for row in read_jsonl(seed0 / name / "rollouts.jsonl") if row["step"] == 1 and "make" in row["prompt"]}
+               for name in ("zero", "zero-language", "rl", "rl-all", "student-rl", "distill-rl")}
+    assert puzzles["zero"] == puzzles["zero-language"] == puzzles["student-rl"] == puzzles["distill-rl"]
+    assert len(puzzles["zero"] | puzzles["rl"] | puzzles["rl-all"]) == 9  # three groups a step
+    asked = [{row["prompt"] for row in read_jsonl(seed0 / f"{name}.jsonl")} for name in ("cold", "r1-data")]
+    assert len(asked[0] & asked[1]) < 0.2 * len(asked[0])
+
+
+def test_quick_is_the_same_ladder_in_small(tmp_path, capfd):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["r1.py", "--quick", "--list", "--out", str(tmp_path / "out")])
+        r1.main()
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [stage.name for stage in r1.all_stages(r1.Config(), 0)]
+    assert all("--level three" in line for line in lines if " train_countdown.py" in line and "--eval-task" not in line)
+    assert all(f"{tmp_path}/out-quick/" in line for line in lines)
+
+
 def test_the_list_of_commands_says_what_is_done(recipe, capfd):
     call(recipe, "--list")
     lines = capfd.readouterr().out.splitlines()
@@ -155,7 +187,8 @@ def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
 @pytest.mark.parametrize("flags, says", (
     (("--only", "nothing"), ("got --only 'nothing', expected a stage: eval-base, zero",)),
     (("--from", "nothing"), ("got --from 'nothing', expected a stage",)),
-    (("--general-steps", 50), ("got general_steps 50, expected 1 to rl_steps 24",)),
+    (("--general-steps", 50), ("got general_steps 50, expected 1 to rl_steps 12",)),
+    (("--rows", 0), ("rows",)),
     (("--style", "base"), ("got style base", "expected tiny or chat")),
     (("--seed", 1), ("got seed 1 with seeds 1, expected one below it",)),
     (("--level", "hard"), ("got level 'hard'",)),
@@ -213,21 +246,25 @@ def test_every_number_of_a_row_stands_in_its_column():
     row = {"label": "R1-Zero", "pass@1": 0.5, "pass@1_low": 0.4, "pass@1_high": 0.6, "pass@1_3_numbers": 0.7,
            "pass@1_4_numbers": 0.3, "language": 0.9, "mixed": 0.2, "format": 0.8, "completion_tokens": 123.4,
            "needless_thinking": 0.1, "greetings": 0.91, "new_greetings": 0.61, "arithmetic": 0.41, "flops": 2.5e12,
-           "minutes": 4.25, "seeds": {"pass@1": [0.45, 0.55]}}
-    chat = {name: row[name] for name in row if name not in ("greetings", "new_greetings", "arithmetic", "flops")}
+           "minutes": 4.25, "code": 0.11, "seeds": {"pass@1": [0.45, 0.55], "code": [0.1, 0.12]}}
+    chat = {name: row[name] for name in row if name not in ("greetings", "new_greetings", "arithmetic", "code")} | {"flops": 0}
     table = {"seeds": 2, "n": 64, "samples": 4, "minutes_of_a_seed": 30, "disk_mib": 20,
-             "rows": {"zero": row, "chat": chat}}
+             "rows": {"base": row, "chat": chat}, "claims": {"votes help": {
+                 "minus": ["zero's votes", "zero"], "mean": 0.05, "low": 0.01, "high": 0.1, "seeds": [0.04, 0.06],
+                 "verdict": "better"}}}
     said, _, head, line, *rows = r1.markdown(table).splitlines()
+    assert rows[-1] == "| votes help | majority of 4 minus zero: +5.0 (+1.0 to +10.0) | +4.0 +6.0 | better |"
+    rows = rows[:2]
     assert said.startswith("2 seeds, 64 test puzzles x 4 samples")
     names, full, empty = ([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, *rows))
     assert dict(zip(names, full, strict=True)) == {
         "stage": "R1-Zero", "pass@1 (95% interval)": "50.0% (40.0% to 60.0%)", "of the seeds": "45.0% 55.0%",
         "3 numbers": "70.0%", "4 numbers": "30.0%", "English": "90.0%", "mixed": "20.0%", "format": "80.0%",
         "tokens": "123", "needless thinking": "10.0%", "known greetings": "91.0%", "new greetings": "61.0%",
-        "sums": "41.0%", "TFLOPs": "2.5", "minutes": "4.2"}
+        "sums": "41.0%", "code": "11.0%", "TFLOPs": "2.5", "minutes": "4.2"}
     assert line == "|---" * len(names) + "|"
     assert [name for name, cell in zip(names, empty, strict=True) if not cell] == [
-        "known greetings", "new greetings", "sums", "TFLOPs"]
+        "known greetings", "new greetings", "sums", "code", "TFLOPs"]
 
 
 def test_the_page_of_the_ladder_shows_the_committed_numbers():
