@@ -28,6 +28,7 @@ from evaluate import mean
 from machinery.checkpoints import check_device, check_dtype
 from machinery.data import read_jsonl
 from machinery.flags import bad_input_exits, parse_config
+from machinery.notes import note
 from machinery.plots import plot_hacking, plot_ladder
 from machinery.run_folder import write_whole
 from machinery.stages import Stage, check_stages, disk_use, is_done, read_record, run_stage, set_aside
@@ -295,6 +296,10 @@ def main() -> None:
             distill.check_beforehand(config, config.puzzles, config.model)
         for seed, stages in runs.items():
             folder = Path(config.out) / f"seed{seed}"
+            changed = [stage.name for stage in stages if read_record(folder, stage).get("output") and not is_done(folder, stage)]
+            if changed and not config.list:
+                note(f"{folder} has stages of other flags or other inputs ({', '.join(changed)}): they, and what stands on them, "
+                     "are made again, and the old ones moved aside; for both side by side give another --out")
             for number, stage in enumerate(stages, 1):
                 done = is_done(folder, stage)
                 if config.list:

@@ -179,6 +179,20 @@ def test_from_a_stage_on_everything_is_made_again(recipe, tmp_path, capfd):
     assert not (copy / "seed0" / "eval-distill.json.old").exists()
 
 
+def test_stages_of_other_settings_are_named_before_they_are_made_again(recipe, tmp_path, capfd):
+    """A changed flag in the middle of the ladder: the stages that it changes, in one line, before anything runs."""
+    copy = tmp_path / "copy"
+    shutil.copytree(recipe, copy)
+    for path in (copy / "seed0" / "stages").glob("*.json"):
+        path.write_text(path.read_text().replace(str(recipe), str(copy)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r1, "run_stage", lambda *given: sys.exit("a stage runs"))
+        with pytest.raises(SystemExit, match="a stage runs"):
+            call(copy, "--language-weight", 0.25)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(said) == 1 and "other flags or other inputs (zero-language, rl, rl-all)" in said[0] and "another --out" in said[0]
+
+
 def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
     refused(r1, "--out", tmp_path / "out", "--only", "cold-start",
             says=("stage cold-start without its input", "cold.jsonl, which stage cold-data makes: python rejection.py"))
