@@ -3,6 +3,7 @@
 import ast
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def test_few_pairs_are_enough_for_r1():
 
 @pytest.mark.parametrize("script, flags, says", (
     (r1, ("--puzzles", 1600, "--level", "three"), ("n=1600", "ask for fewer")),
-    (r1, ("--eval-n", 400, "--level", "three"), ("n=400", "ask for fewer")),
+    (r1, ("--eval-n", 400, "--level", "three", "--puzzles", 1000), ("n=400", "ask for fewer")),
     (r1, ("--max-new-tokens", 2048), ("max_new_tokens 2048", "context of 2048")),
     (r1, ("--student", "models/no"), ("models/no", "no directory here")),
     (r1, ("--rl-flags", "--group-size 7"), ("group_size 7", "must divide")),
@@ -258,3 +259,28 @@ def test_distill_begins_in_a_new_folder(monkeypatch, tmp_path):
     (tmp_path / "new").mkdir()
     distill.main()
     assert begun[:3] == ["student-replies", "student-traces", "distill"]
+
+
+@pytest.mark.skipif(os.name == "nt" or (os.cpu_count() or 1) < 2, reason="two processes, and signals of POSIX")
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT))
+def test_the_suite_s_second_process_ends_with_the_first(number, tmp_path):
+    """Two files of slow tests under this suite's conftest.py; each says which process has it."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    for name in ("a", "b"):
+        (tmp_path / "tests" / f"test_{name}.py").write_text(
+            "import os, time, pathlib, pytest\n@pytest.mark.parametrize('i', range(100))\ndef test(i):\n"
+            f"    pathlib.Path('{name}.pid').write_text(str(os.getpid()))\n    time.sleep(0.2)\n")
+    first = subprocess.Popen([sys.executable, "-m", "pytest"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    files, deadline = [tmp_path / f"{name}.pid" for name in ("a", "b")], time.time() + 60
+    while not all(path.exists() and path.read_text() for path in files):
+        assert time.time() < deadline and first.poll() is None
+        time.sleep(0.05)
+    pids = {int(path.read_text()) for path in files}
+    assert len(pids) == 2 and first.pid in pids
+    first.send_signal(number)
+    first.wait(20)
+    second, = pids - {first.pid}
+    while Path(f"/proc/{second}").exists() and "Z" not in Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()[:1]:
+        assert time.time() < deadline + 20
+        time.sleep(0.05)
