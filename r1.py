@@ -61,7 +61,7 @@ class Config:
     rl_learning_rate: float = 7e-4   # AdamW peak of R1-Zero; for 0.8M parameters
     rl2_learning_rate: float = 3e-4  # of the RL stages behind SFT, the student's too
     sft_learning_rate: float = 1e-3  # of SFT; DeepSeek-R1: 5e-5
-    student_rl_learning_rate: float = 2e-3   # of the student's RL alone
+    student_rl_learning_rate: float = 5e-4   # of the student's RL alone
     student_sft_learning_rate: float = 4e-3  # of distillation
     language_weight: float = 0.5     # reward for language consistency in R1's RL
     puzzles: int = 2400              # train problems that rejection sampling asks a checkpoint, at most
