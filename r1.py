@@ -60,9 +60,8 @@ class Config:
     after_steps: int = 24            # of RL after distillation
     rl_learning_rate: float = 7e-4   # AdamW peak of R1-Zero; for 0.8M parameters
     rl2_learning_rate: float = 3e-4  # of the RL stages behind SFT, the student's too
-    sft_learning_rate: float = 1e-3  # of SFT; DeepSeek-R1: 5e-5
+    sft_learning_rate: float = 1e-3  # of SFT, distillation too; DeepSeek-R1: 5e-5
     student_rl_learning_rate: float = 5e-4   # of the student's RL alone
-    student_sft_learning_rate: float = 4e-3  # of distillation
     language_weight: float = 0.5     # reward for language consistency in R1's RL
     puzzles: int = 2400              # train problems that rejection sampling asks a checkpoint, at most
     samples: int = 8                 # completions of each; of the teacher's, half as many
@@ -105,7 +104,7 @@ def student_config(config: Config, seed: int) -> distill.Config:
         task=config.task, level=config.level, style=config.style, sandbox=config.sandbox, n=config.puzzles,
         samples=max(1, config.samples // 2), rows=config.rows, rl_steps=config.student_steps, after_steps=config.after_steps,
         rl_learning_rate=config.student_rl_learning_rate, after_learning_rate=config.rl2_learning_rate,
-        sft_learning_rate=config.student_sft_learning_rate, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
+        sft_learning_rate=config.sft_learning_rate, rl_flags=config.rl_flags, max_new_tokens=config.max_new_tokens,
         eval_n=config.eval_n, eval_samples=config.eval_samples, dtype=config.dtype, device=config.device, seed=seed)
 
 
