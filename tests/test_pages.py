@@ -1,6 +1,7 @@
 """README and docs say what is there: commands that scripts take, links and pictures that exist, files in their places."""
 
 import ast
+import hashlib
 import importlib
 import json
 import re
@@ -124,6 +125,22 @@ def test_the_figures_of_the_quickstart_are_those_of_its_committed_runs():
             before, after = (f"{row['eval_pass@1']:.1%}" for row in (rows[0], rows[-1]))
             assert f"from {before} to {after} (95% interval {rows[-1]['eval_pass@1_low']:.1%}" in (
                 ROOT / "README.md").read_text()
+
+
+CARD = ("## What it is for, and what not", "## What it read", "## How to make it again", "## Figures")
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in ROOT.glob("models/*/config.json")), ids=lambda folder: folder.name)
+def test_a_card_is_of_the_checkpoint_beside_it(folder):
+    """All in one form; the weights are those whose figures it shows, on test puzzles."""
+    card, table = (folder / "README.md").read_text(), json.loads((folder / "evaluation.json").read_text())
+    assert [line for line in card.splitlines() if line in CARD] == list(CARD)
+    assert f"SHA-256 `{hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()}`" in card
+    assert table["settings"]["split"] == "test" and table["n"] == 512
+    cells = (f"{table['pass@1']:.1%} ({table['pass@1_low']:.1%} to {table['pass@1_high']:.1%})", f"{table['completion_tokens']:.0f}",
+             *(f"{table[name]:.1%}" for name in ("pass@1_3_numbers", "pass@1_4_numbers", "format", "mixed", "needless_thinking",
+                                                 "greetings", "new_greetings", "arithmetic")))
+    assert all(f"| {cell} |" in card for cell in cells)
 
 
 def test_the_figures_of_the_longer_runs_are_those_of_their_logs():
