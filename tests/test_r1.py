@@ -281,51 +281,27 @@ def test_every_number_of_a_row_stands_in_its_column():
         "known greetings", "new greetings", "sums", "code", "TFLOPs"]
 
 
-def test_the_page_of_the_ladder_shows_the_committed_numbers():
-    """docs/r1.json is the table.json of the command in docs/r1.md; what it measured is said row by row."""
-    table = json.loads((ROOT / "docs" / "r1.json").read_text())
-    page = (ROOT / "docs" / "r1.md").read_text()
-    for row in table["rows"].values():
-        assert f"| {row['label']} | {row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}) |" in page
-    assert table["seeds"] == 3 and table["n"] == 512
-
-
-def test_the_figures_of_one_seed_are_those_of_the_committed_run():
-    """docs/r1-one-seed: the table of docs/r1.md, the README's, and every paired difference that they name."""
-    folder, page, readme = ROOT / "docs" / "r1-one-seed", *((ROOT / name).read_text() for name in ("docs/r1.md", "README.md"))
-    table = json.loads((folder / "table.json").read_text())
-    assert "\n".join(r1.markdown(table).splitlines()[2:]) in page and f"{table['minutes_of_a_seed']:.0f} minutes" in page
+def test_the_ladder_s_page_shows_the_committed_runs():
+    """docs/r1: every seed's evaluations and the table that r1.py made of them; the page's tables, the README's, and each
+    claim's difference, computed again."""
+    folder, page, readme = ROOT / "docs" / "r1", *((ROOT / name).read_text() for name in ("docs/r1.md", "README.md"))
+    table, config = json.loads((folder / "table.json").read_text()), r1.Config(out=str(folder), seeds=3)
+    assert "\n".join(r1.markdown(table).splitlines()[2:]) in page and table["seeds"] == 3
     for name, row in table["rows"].items():
-        own = json.loads((folder / f"{name}.json").read_text())
-        assert own["pass@1"] == row["pass@1"] and (own["n"], own["samples"], own["settings"]["split"]) == (512, 4, "test")
+        seeds = r1.evaluations(config, name)
+        assert all((own["n"], own["samples"], own["settings"]["split"]) == (512, 4, "test") for own in seeds)
+        assert row["seeds"]["pass@1"] == [own["pass@1"] for own in seeds] and row["pass@1"] == pytest.approx(sum(row["seeds"]["pass@1"]) / 3)
         assert (f"| {row['label']} | {row['pass@1']:.1%} ({row['pass@1_low']:.1%} to {row['pass@1_high']:.1%}) | "
-                f"{row['pass@1_4_numbers']:.1%} | {row['language']:.1%} | {row['needless_thinking']:.1%} | "
-                f"{row['completion_tokens']:.0f} | {row['minutes']:.1f} |") in readme
-    pairs = {(a, b): statistics.difference(*([statistics.read_scores(folder / f"{name}.json")] for name in (a, b)))
-             for a, b in (("zero-language", "zero"), ("cold-start", "zero"), ("rl-all", "zero"), ("hacking", "rl-all"),
-                          ("distill", "student-rl"), ("distill-rl", "distill"), ("rl", "cold-start"), ("sft", "rl"),
-                          ("rl-all", "sft"))}
-    for own in list(pairs.values())[:6]:
-        assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in page
-    assert {own.verdict() for own in list(pairs.values())[6:]} == {"not told apart"}
+                f"{' '.join(f'{seed:.1%}' for seed in row['seeds']['pass@1'])} | {row['pass@1_4_numbers']:.1%} | {row['language']:.1%} | "
+                f"{row['needless_thinking']:.1%} | {row['completion_tokens']:.0f} |") in readme
+    assert list(table["claims"]) == [claim for claim, _, _ in r1.CLAIMS]
+    for claim, a, b in r1.CLAIMS:
+        own = statistics.difference(r1.scores(config, a), r1.scores(config, b))
+        assert table["claims"][claim] == {"minus": [a, b], **own._asdict(), "verdict": own.verdict()}
 
 
-def test_the_figures_by_hand_are_those_of_the_committed_evaluations():
-    """Rows and paired differences of docs/r1.md's first table."""
-    folder, page = ROOT / "docs" / "r1-by-hand", (ROOT / "docs" / "r1.md").read_text()
-    tables = {name: json.loads((folder / f"{name}.json").read_text()) for name in (
-        "zero", "cold-start", "rl", "sft", "r1-final")}
-    assert all(table["settings"]["split"] == "test" for table in tables.values())
-    tables |= json.loads((folder / "distill.json").read_text())
-    labels = ("R1-Zero", "cold start", "RL with the language reward", "SFT of the base on CoT and non-CoT",
-              "R1: RL on all prompts", "student base", "distilled student", "student, RL alone", "distilled student, then RL")
-    for label, table in zip(labels, tables.values(), strict=True):
-        assert (f"| {label} | {table['pass@1']:.1%} ({table['pass@1_low']:.1%} to {table['pass@1_high']:.1%}) | " + " | ".join(
-            f"{table[name]:.1%}" for name in ("pass@1_3_numbers", "pass@1_4_numbers", "language", "needless_thinking",
-                                              "greetings")) + f" | {table['completion_tokens']:.0f} |") in page, label
-    pairs = {(a, b): statistics.difference([statistics.scores_of(tables[a])], [statistics.scores_of(tables[b])])
-             for a, b in (("cold-start", "zero"), ("r1-final", "zero"), ("distill", "student-rl"), ("distill-rl", "distill"),
-                          ("rl", "cold-start"), ("sft", "rl"), ("r1-final", "sft"))}
-    for own in list(pairs.values())[:4]:
-        assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in page
-    assert {own.verdict() for own in list(pairs.values())[4:]} == {"not told apart"}
+def test_r1_beside_as_much_compute_spent_on_r1_zero():
+    """The default arm of experiments/longer.py, the same test puzzles and seeds."""
+    long = [statistics.read_scores(ROOT / f"experiments/results/longer/seed{seed}/default.json") for seed in range(3)]
+    own = statistics.difference(r1.scores(r1.Config(out=str(ROOT / "docs" / "r1"), seeds=3), "rl-all"), long)
+    assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in (ROOT / "docs" / "r1.md").read_text()
