@@ -104,7 +104,7 @@ def student_stages(config: Config) -> list[Stage]:
                                 f"--seed {config.seed} --out {folder}/student-replies.jsonl"))
         stages.append(Stage("student-traces", f"python rejection.py --model {teacher} {non_cot}{task} --n {config.n} "
                             f"--samples {config.samples} --limit {config.rows} --max-new-tokens {config.max_new_tokens} "
-                            f"--seed {config.seed} {machine} --out {data}"))
+                            f"--seed {config.seed + 200} {machine} --out {data}"))  # r1.py has asked those of two other seeds
     sft = (f"python sft.py --data {data} --model {student} --epochs {config.epochs} "
            f"--learning-rate {config.sft_learning_rate} --batch-tokens {config.batch_tokens} "
            f"--style {config.style} --eval-rows {max(1, config.eval_n // 2)} --seed {config.seed} {machine}")
@@ -157,20 +157,23 @@ def flops(stage: Stage) -> float:
     given = dict(zip(stage.flags, stage.flags[1:]))
     if stage.script == "rejection":
         return written(stage.out)
-    if stage.script not in ("sft", "train_countdown"):
-        return 0.0  # evaluations do not count, and the reward model is too small to
+    if stage.script not in ("sft", "preference", "train_countdown"):
+        return 0.0  # what is measured does not count
     size, rows = parameters(given["--model"]), [row for row in read_jsonl(stage.out / "metrics.jsonl") if "tokens" in row]
-    if stage.script == "sft":
+    if stage.script == "train_countdown" and any("trained_tokens" not in row for row in rows):
+        raise ValueError(f"got {stage.out} of an earlier version, whose log lacks trained_tokens; move it away and run the same "
+                         "command again")
+    if stage.script != "train_countdown":
         reads = 2 * parameters(given["--teacher"]) if "--teacher" in given else 0
         return sum(row["tokens"] * (6 * size + reads) for row in rows)
     return sum((2 * row["tokens"] + 6 * row["trained_tokens"]) * size for row in rows)
 
 
 def written(data) -> float:
-    """FLOPs of what rejection.py sampled for this file; 0 where no report says."""
+    """FLOPs of what rejection.py sampled for this file; 0 where no report says how large the model was."""
     report = Path(f"{data}.report.json")
     rounds = json.loads(report.read_text(encoding="utf-8"))["rounds"] if report.exists() else []
-    return float(sum(2 * parameters(own["source"]) * own["sampled_tokens"] for own in rounds))
+    return float(sum(2 * own.get("parameters", 0) * own["sampled_tokens"] for own in rounds))
 
 
 def compute(config: Config) -> dict[str, float]:

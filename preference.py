@@ -249,7 +249,7 @@ def main() -> None:
     steps = math.ceil(len(order) / config.batch_size)
     for step in tqdm(range(steps), desc="preference", mininterval=1.0):
         batch = [pairs[i] for i in order[step * config.batch_size:(step + 1) * config.batch_size]]
-        total = 0.0
+        total, tokens = 0.0, sum(len(pair[side]) for pair in batch for side in ("chosen", "rejected"))
         for margin, _ in margins(reward_model, batch, config.micro_batch_tokens):
             loss = F.softplus(-margin).sum() / len(batch)  # softplus(-x) = -log sigmoid(x)
             loss.backward()
@@ -262,7 +262,7 @@ def main() -> None:
         optimizer.step()
         reward_model.zero_grad()
         backbone.source = f"the reward model of {run} after step {step + 1}"
-        log.append({"step": step + 1, "loss": total, "gradient_norm": norm})
+        log.append({"step": step + 1, "loss": total, "gradient_norm": norm, "tokens": tokens})
 
     # 3. what it has learnt, on pairs that it never saw
     table = agreement(reward_model, held_out, config.micro_batch_tokens)

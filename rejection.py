@@ -40,7 +40,7 @@ from rewards import ONLY_IN, chain_of_thought, language_reward
 from sampling import Completion, complete
 from sft import Config as SftConfig
 
-CHUNK = 2048  # completions that are sampled, filtered and written down together
+CHUNK = 2048  # completions that are sampled, filtered and written down together; with --limit a quarter of that
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Config:
             raise ValueError(f"got language {self.language!r}, expected one of {', '.join(ONLY_IN)}")
         if self.rounds > 1:  # else it would be said after a round of sampling
             parse_config(SftConfig, "", self.sft_flags.split())
+        if self.limit and self.rounds > 1:
+            raise ValueError(f"got --limit {self.limit} with --rounds {self.rounds}, expected one of them: a round asks all n problems")
         if not 0 < self.top_p <= 1 or not 0 < self.non_cot_share < 1 or self.limit < 0:
             raise ValueError("expected top_p within (0, 1], non_cot_share within (0, 1) and a limit of at least 0")
 
@@ -127,10 +129,12 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
     tasks = find_tasks(config.task, config.level, config.weights, config.style, sandbox=config.sandbox)
     drawn = [(task, problem) for task, count in zip(tasks, shares(tasks, config.n))
              for problem in task.problems(count, "train", config.seed)]
+    if len(tasks) > 1:  # so that a limit takes each task's share
+        random.Random(f"{config.seed}, order").shuffle(drawn)
     prompts = [task.prompt(problem, config.style, tokenizer) for task, problem in drawn]
     check_room(tokenizer, prompts, config.style, config.max_new_tokens, model.config.context)
     dropped = Counter({name: 0 for name in [*(f.__name__ for f in FILTERS), "duplicates", "per_puzzle"]})
-    rows, tokens, at_once = [], 0, max(1, min(CHUNK, config.limit or CHUNK) // config.samples)
+    rows, tokens, at_once = [], 0, max(1, CHUNK // (4 if config.limit else 1) // config.samples)
     judges = Judges(config.judges, config.verdict_seconds, config.device)
     for start in tqdm(range(0, len(drawn), at_once), desc=f"round {round_}", unit="chunk"):
         if config.limit and len(rows) >= config.limit:
@@ -144,7 +148,7 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
         tokens += chunk["tokens"]
         dropped.update(chunk["dropped"])
     judges.close()
-    report = {"source": source, "round": round_, "puzzles": asked, "sampled": asked * config.samples,
+    report = {"source": source, "parameters": sum(p.numel() for p in model.parameters()), "round": round_, "puzzles": asked, "sampled": asked * config.samples,
               "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
               "puzzles_kept": len({row["prompt"] for row in rows})}
     if not rows:

@@ -166,7 +166,7 @@ def test_compute_by_hand(base, teacher, tmp_path):
     config = replace(Config(), out=str(tmp_path), student=str(base), teacher=str(teacher), logits=True)
     s, t = parameters(base), parameters(teacher)
     (tmp_path / "student-traces.jsonl.report.json").write_text(json.dumps({"rounds": [
-        {"sampled_tokens": 1000, "source": str(teacher)}]}))
+        {"sampled_tokens": 1000, "source": "runs/gone", "parameters": t}]}))
     for name, rows in (("distill", [{"tokens": 300}, {"tokens": 200}]),
                        ("student-rl", [{"step": 0}, {"step": 1, "tokens": 4000, "trained_tokens": 2500}]),
                        ("logits", [{"tokens": 300}, {"tokens": 200}]),

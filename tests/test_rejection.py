@@ -160,9 +160,10 @@ def test_it_asks_until_it_has_enough(monkeypatch, tmp_path, base, fake_sampler, 
     """One of three completions of a puzzle is right: 10 rows are there after 30 completions at the earliest, and not all
     90 are sampled. Where all are not enough it says so."""
     fake_sampler(lambda numbers, target, i: right(numbers, target, 0) if i == 0 else "no")
+    monkeypatch.setattr(rejection, "CHUNK", 36)  # three puzzles at once
     rows = call(monkeypatch, tmp_path, "--model", base, "--n", 30, "--samples", 3, "--limit", 10)
     report = json.loads((tmp_path / "out.jsonl.report.json").read_text())["rounds"][0]
-    assert len(rows) == 10 and 10 <= report["puzzles"] < 20 and report["sampled"] == 3 * report["puzzles"] == sum(
+    assert len(rows) == 10 and report["puzzles"] == 12 and report["sampled"] == 3 * report["puzzles"] == sum(
         report["dropped"].values()) + report["kept"]
     for path in tmp_path.glob("out.jsonl*"):
         path.unlink()
