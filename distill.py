@@ -87,7 +87,8 @@ class Config:
 
 def task_flags(config, more: str = "") -> str:
     level = f" --level {shlex.quote(config.level)}" if config.level else ""
-    sandbox = f" --sandbox {shlex.quote(config.sandbox)}" if config.sandbox else ""
+    programs = config.sandbox and any(hasattr(task.seam, "sandbox") for task in find_tasks(config.task + more, style=config.style))
+    sandbox = f" --sandbox {shlex.quote(config.sandbox)}" if programs else ""
     return f"--task {shlex.quote(config.task + more)}{level} --style {config.style}{sandbox}"
 
 

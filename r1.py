@@ -43,7 +43,7 @@ class Config:
     out: str = "runs/r1"             # folder of everything
     seeds: int = 1                   # seeds 0, 1, ...; each has its folder
     seed: int = -1                   # only this one of them (a terminal each); run without it last
-    quick: bool = False              # the whole ladder in minutes, into OUT-quick
+    quick: bool = False              # the whole ladder in minutes, on puzzles of three numbers, into runs/r1-quick
     only: str = ""                   # run this stage alone
     from_: str = ""                  # run this stage and those behind it again, even if they are done
     list: bool = False               # print the stages' commands and stop
@@ -75,7 +75,9 @@ class Config:
     device: str = "cpu"              # cpu or cuda
 
     def __post_init__(self):
-        find_tasks(self.task, self.level, "", self.style, sandbox=self.sandbox)
+        find_tasks(self.task, self.level, "", self.style)
+        if self.task in others(self):
+            raise ValueError(f"got task {self.task} and beside {self.beside!r}, which names it again; expected --beside general=1")
         check_dtype(self.dtype)
         if self.style == "base":
             raise ValueError("got style base, which asks for thinking everywhere; expected tiny or chat")
@@ -93,8 +95,8 @@ class Config:
             raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
 
 
-QUICK = dict(level="three", zero_steps=5, rl_steps=5, general_steps=3, hacking_steps=16, student_steps=10, after_steps=6,
-             puzzles=1000, rows=400, pairs=2000, eval_n=128, eval_samples=2, rl_flags="--batch-size 128 --eval-every 1000")
+QUICK = dict(out="runs/r1-quick", level="three", zero_steps=5, rl_steps=5, general_steps=3, hacking_steps=16, student_steps=20,
+             after_steps=6, puzzles=1000, rows=500, pairs=2000, eval_n=128, rl_flags="--batch-size 128 --eval-every 1000")
 
 
 def student_config(config: Config, seed: int) -> distill.Config:
@@ -175,10 +177,10 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         evaluation("hacking"),
     ]
     for other in others(config):  # what the ladder loses, or gains, elsewhere
+        flags, on = distill.task_flags(replace(config, task=other, beside="general=1", level="")), f"on-{Path(other).stem}"
         for name, model in (("base", base), *((name, f"{folder}/{name}/checkpoint") for name in ("zero", "sft", "rl-all"))):
-            stages.append(Stage(f"eval-{Path(other).stem}-{name}", f"python evaluate.py --model {model} --task "
-                                f"{shlex.quote(other)} --style {config.style} {measured} "
-                                f"--json {folder}/eval-{Path(other).stem}-{name}.json"))
+            stages.append(Stage(f"eval-{name}-{on}", f"python evaluate.py --model {model} {flags} {measured} "
+                                f"--json {folder}/eval-{name}-{on}.json"))
     # 6. the student
     return stages + distill.student_stages(student_config(config, seed))
 
@@ -243,13 +245,13 @@ def collect(config: Config) -> dict:
         row["pass@1_low"], row["pass@1_high"] = own.low, own.high
         row["flops"] = mean(sum(distill.flops(own[stage]) for stage in made_by) for own in stages)
         row["flops"] += table["rows"][before]["flops"] if before else 0.0
-        for other in map(lambda path: Path(path).stem, others(config)):
-            if f"eval-{other}-{name}" in stages[0]:
-                row["seeds"][other] = [seed["pass@1"] for seed in evaluations(config, f"{other}-{name}")]
-                row[other] = mean(row["seeds"][other])
+        for on in (f"on-{Path(other).stem}" for other in others(config)):
+            if f"eval-{name}-{on}" in stages[0]:
+                row["seeds"][on] = [seed["pass@1"] for seed in evaluations(config, f"{name}-{on}")]
+                row[on] = mean(row["seeds"][on])
         table["rows"][name] = row
     for claim, a, b in CLAIMS:
-        if "votes" not in a or config.eval_samples > 1:
+        if "votes" not in a or config.eval_samples > 2:  # a majority of two is the first
             own = difference(scores(config, a), scores(config, b))
             table["claims"][claim] = {"minus": [a, b], **own._asdict(), "verdict": own.verdict()}
     return table
@@ -257,12 +259,12 @@ def collect(config: Config) -> dict:
 
 def markdown(table: dict) -> str:
     """The tables as docs/r1.md shows them."""
-    others = [name for name in table["rows"]["base"]["seeds"] if name not in COLUMNS]
+    others = [name for name in table["rows"]["base"]["seeds"] if name.startswith("on-")]
     lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} test puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
              "| stage | pass@1 (95% interval) | of the seeds | 3 numbers | 4 numbers | English | mixed | format | tokens | "
              "needless thinking | known greetings | new greetings | sums | "
-             f"{''.join(f'{name} | ' for name in others)}TFLOPs | minutes |",
+             f"{''.join(f'{name} | ' for name in others)}TFLOPs, with the stages before | own minutes |",
              "|---" * (15 + len(others)) + "|"]
     for row in table["rows"].values():
         share = [f"{row[name]:.1%}" if name in row else "" for name in (*COLUMNS[1:], *others) if name != "completion_tokens"]
@@ -279,9 +281,7 @@ def markdown(table: dict) -> str:
 
 
 def main() -> None:
-    config = parse_config(Config, __doc__)
-    if config.quick:
-        config = replace(config, out=f"{config.out}-quick", **QUICK)
+    config = parse_config(Config, __doc__, quick=QUICK)
     seeds = range(config.seeds) if config.seed < 0 else [config.seed]
     runs = {seed: all_stages(config, seed) for seed in seeds}
     names = [stage.name for stage in runs[seeds[0]]]
@@ -293,12 +293,14 @@ def main() -> None:
             check_device(config.device)
             check_stages([stage for stages in runs.values() for stage in stages])
             distill.check_beforehand(config, config.puzzles, config.model)
+            for other in others(config):
+                distill.check_beforehand(replace(config, task=other, beside="general=1", level=""), 0, config.model)
         for seed, stages in runs.items():
             folder = Path(config.out) / f"seed{seed}"
             changed = [stage.name for stage in stages if read_record(folder, stage).get("output") and not is_done(folder, stage)]
             if changed and not config.list:
-                note(f"{folder} has stages of other flags or other inputs ({', '.join(changed)}): they, and what stands on them, "
-                     "are made again, and the old ones moved aside; for both side by side give another --out")
+                note(f"{folder} has stages of other flags, inputs or outputs ({', '.join(changed)}): where they run, they, and what "
+                     "stands on them, are made again, and the old ones moved aside; for both side by side give another --out")
             for number, stage in enumerate(stages, 1):
                 done = is_done(folder, stage)
                 if config.list:

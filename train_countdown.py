@@ -188,7 +188,7 @@ def roll_out(run: Run, tasks: tuple[Task, ...], step: int, config: Config) -> tu
     problems = [all_problems[p] for p in run.own_groups for _ in range(G)]  # B: its own P, each G times
     prompts = [task.prompt(problem, config.style, run.tokenizer) for task, problem in problems]  # B
 
-    # 2. a completion of each of the B prompts; each is handed to the judges when it ends
+    # 2. a completion of each of the B prompts; the judges hear of each when it ends
     judging = Judging(run.judges, problems)
     with sampling_weights(run) as old_policy:  # the policy's weights, as the sampler wants them (LoRA, FSDP)
         prompt_ids, completions, texts = complete(

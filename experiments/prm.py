@@ -194,7 +194,7 @@ def collect(config: Config) -> dict:
             flops = (2 + 6 * config.epochs) * s["0.0"]["train_tokens"] if reads else 0
             curve = []
             for row in log:
-                flops += row.get("tokens", 0) * (2 + reads) + 6 * row.get("trained_tokens", 0)
+                flops += row.get("tokens", 0) * (2 + reads) + 6 * (row["trained_tokens"] if "tokens" in row else 0)
                 curve.append({"tflops": flops * parameters / 1e12, **{name: row[name] for name in (
                     "step", "accuracy", "prm_score", "lines_that_reach", "lines", "completion_tokens", "truncated",
                     "eval_pass@1", "eval_completion_tokens") if name in row}})

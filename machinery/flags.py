@@ -21,10 +21,10 @@ from machinery.run_folder import read_run_config
 
 
 def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, presets: dict[str, dict] | None = None,
-                 changeable: tuple[str, ...] = ()):
+                 quick: dict | None = None, changeable: tuple[str, ...] = ()):
     """A frozen dataclass -> its command line -> an instance. Defaults come from fields, help texts from their comments.
 
-    presets adds --preset NAME: a named set of values, which flags override. --resume RUN takes all values from that
+    presets adds --preset NAME: a named set of values, which flags override; quick are those of --quick. --resume RUN takes all values from that
     run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2 on unknown flags and
     wrong types, the dataclass's own __post_init__ raises ValueError on bad values."""
     said.clear()
@@ -48,7 +48,7 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
         allowed = " or with " + ", ".join(f"--{name.replace('_', '-')}" for name in changeable) if changeable else ""
         parser.error(f"got --resume together with --{fixed[0].replace('_', '-')}; a resumed run keeps every setting of "
                      f"its config.json, so give --resume alone{allowed}")
-    values = (presets or {}).get(given.pop("preset", None), {})
+    values = quick or {} if given.get("quick") else (presets or {}).get(given.pop("preset", None), {})
     with bad_input_exits():
         if given.get("resume"):
             values = dataclasses.asdict(read_run_config(given["resume"], config_class))

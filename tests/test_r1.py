@@ -17,6 +17,7 @@ import r1
 from countdown import split_of
 from machinery import plots, rl_run, stages, statistics
 from machinery.data import read_jsonl
+from tasks import code
 from tasks.general import NEW, draw_sum
 from test_training import puzzles_of
 
@@ -54,7 +55,7 @@ def test_it_ends_with_a_table_and_two_pictures(recipe):
     for name, row in table["rows"].items():
         evaluation = json.loads((recipe / "seed0" / f"eval-{name}.json").read_text())
         assert all(row[column] == evaluation[column] for column in r1.COLUMNS)
-        assert row.get("code") == (json.loads((recipe / "seed0" / f"eval-code-{name}.json").read_text())["pass@1"]
+        assert row.get("on-code") == (json.loads((recipe / "seed0" / f"eval-{name}-on-code.json").read_text())["pass@1"]
                                    if name in ("base", "zero", "sft", "rl-all") else None)
         assert row["seeds"]["pass@1"] == [evaluation["pass@1"]]
     assert table["minutes_of_a_seed"] == pytest.approx(sum(table["minutes"].values())) and table["disk_mib"] > 10
@@ -111,6 +112,10 @@ def test_no_row_of_any_stage_is_of_the_validation_or_the_test_split(recipe):
     without = {"replies.jsonl", "pairs.jsonl", "student-replies.jsonl", "hacking/rollouts.jsonl"}
     held_out = {f"{prompt}\n" for prompts in NEW.values() for prompt in prompts}
     held_out |= {draw_sum(rng, split)["prompt"] for split in NEW for rng in [random.Random(0)] for _ in range(3000)}
+    programs = {code.question(code.draw(rng, next(iter(code.LEVELS)), split), "tiny") for split in NEW for rng in [random.Random(0)]
+                for _ in range(500)}
+    assert any("general" not in row["task"] and "make" not in row["prompt"] for row in data["rl-all/rollouts.jsonl"])
+    held_out |= programs
     for name, rows in data.items():
         prompts = [row["prompt"] for row in rows]
         puzzles = puzzles_of(prompts)
@@ -145,8 +150,10 @@ def test_stages_that_follow_each_other_draw_their_own_problems(recipe):
                for name in ("zero", "zero-language", "rl", "rl-all", "student-rl", "distill-rl")}
     assert puzzles["zero"] == puzzles["zero-language"] == puzzles["student-rl"] == puzzles["distill-rl"]
     assert len(puzzles["zero"] | puzzles["rl"] | puzzles["rl-all"]) == 9  # three groups a step
-    asked = [{row["prompt"] for row in read_jsonl(seed0 / f"{name}.jsonl")} for name in ("cold", "r1-data")]
-    assert len(asked[0] & asked[1]) < 0.2 * len(asked[0])
+    asked = [{row["prompt"] for row in read_jsonl(seed0 / f"{name}.jsonl") if "make" in row["prompt"]}
+             for name in ("cold", "r1-data", "student-traces")]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert len(asked[a] & asked[b]) < 0.2 * len(asked[a])
 
 
 def test_quick_is_the_same_ladder_in_small(tmp_path, capfd):
@@ -156,7 +163,7 @@ def test_quick_is_the_same_ladder_in_small(tmp_path, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [stage.name for stage in r1.all_stages(r1.Config(), 0)]
     assert all("--level three" in line for line in lines if " train_countdown.py" in line and "--eval-task" not in line)
-    assert all(f"{tmp_path}/out-quick/" in line for line in lines)
+    assert all(f"{tmp_path}/out/" in line for line in lines)  # flags override
 
 
 def test_the_list_of_commands_says_what_is_done(recipe, capfd):
@@ -190,7 +197,7 @@ def test_stages_of_other_settings_are_named_before_they_are_made_again(recipe, t
         with pytest.raises(SystemExit, match="a stage runs"):
             call(copy, "--language-weight", 0.25)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(said) == 1 and "other flags or other inputs (zero-language, rl, rl-all)" in said[0] and "another --out" in said[0]
+    assert len(said) == 1 and "other flags, inputs or outputs (zero-language, rl, rl-all)" in said[0] and "another --out" in said[0]
 
 
 def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
@@ -210,6 +217,9 @@ def test_one_stage_alone_says_what_it_lacks(tmp_path, refused):
     (("--model", "models/none"), ("models/none",)),
     (("--beside", "code=1"), ("got beside 'code=1', expected general in it",)),
     (("--beside", "chess=1,general=1"), ("got task 'chess'",)),
+    (("--task", "code"), ("got task code and beside", "expected --beside general=1")),
+    (("--quick", "--task", "arithmetic"), ("got level 'three'",)),
+    (("--beside", "arithmetic=1,general=1"), ("got n=512, but task arithmetic",)),
 ))
 def test_bad_flags_are_refused(flags, says, tmp_path, refused):
     refused(r1, "--out", tmp_path / "out", *flags, says=says)
@@ -260,8 +270,8 @@ def test_every_number_of_a_row_stands_in_its_column():
     row = {"label": "R1-Zero", "pass@1": 0.5, "pass@1_low": 0.4, "pass@1_high": 0.6, "pass@1_3_numbers": 0.7,
            "pass@1_4_numbers": 0.3, "language": 0.9, "mixed": 0.2, "format": 0.8, "completion_tokens": 123.4,
            "needless_thinking": 0.1, "greetings": 0.91, "new_greetings": 0.61, "arithmetic": 0.41, "flops": 2.5e12,
-           "minutes": 4.25, "code": 0.11, "seeds": {"pass@1": [0.45, 0.55], "code": [0.1, 0.12]}}
-    chat = {name: row[name] for name in row if name not in ("greetings", "new_greetings", "arithmetic", "code")} | {"flops": 0}
+           "minutes": 4.25, "on-code": 0.11, "seeds": {"pass@1": [0.45, 0.55], "on-code": [0.1, 0.12]}}
+    chat = {name: row[name] for name in row if name not in ("greetings", "new_greetings", "arithmetic", "on-code")} | {"flops": 0}
     table = {"seeds": 2, "n": 64, "samples": 4, "minutes_of_a_seed": 30, "disk_mib": 20,
              "rows": {"base": row, "chat": chat}, "claims": {"votes help": {
                  "minus": ["zero's votes", "zero"], "mean": 0.05, "low": 0.01, "high": 0.1, "seeds": [0.04, 0.06],
@@ -275,10 +285,10 @@ def test_every_number_of_a_row_stands_in_its_column():
         "stage": "R1-Zero", "pass@1 (95% interval)": "50.0% (40.0% to 60.0%)", "of the seeds": "45.0% 55.0%",
         "3 numbers": "70.0%", "4 numbers": "30.0%", "English": "90.0%", "mixed": "20.0%", "format": "80.0%",
         "tokens": "123", "needless thinking": "10.0%", "known greetings": "91.0%", "new greetings": "61.0%",
-        "sums": "41.0%", "code": "11.0%", "TFLOPs": "2.5", "minutes": "4.2"}
+        "sums": "41.0%", "on-code": "11.0%", "TFLOPs, with the stages before": "2.5", "own minutes": "4.2"}
     assert line == "|---" * len(names) + "|"
     assert [name for name, cell in zip(names, empty, strict=True) if not cell] == [
-        "known greetings", "new greetings", "sums", "code", "TFLOPs"]
+        "known greetings", "new greetings", "sums", "on-code", "TFLOPs, with the stages before"]
 
 
 def test_the_ladder_s_page_shows_the_committed_runs():
