@@ -18,7 +18,7 @@ from countdown import Puzzle, make_prompt, sample_puzzles, solve, split_of, vote
 from evaluate import Config, looks, pass_at_k
 from machinery.checkpoints import save
 from machinery.rollouts import Rollout
-from machinery.statistics import wilson_interval
+from machinery.statistics import scores_of, wilson_interval
 from machinery.tasks import Score, find_tasks
 from rewards import accuracy_reward, format_reward, verify
 from sampling import Completion
@@ -180,6 +180,9 @@ def test_several_samples_give_pass_at_k_and_the_vote(fake_sampler):
     assert calls[0][0] == [make_prompt(puzzle) for puzzle in puzzles for _ in range(4)] and len(records) == 12
     assert [table[name] for name in ("pass@1", "pass@4", "maj@4")] == pytest.approx([1.25 / 3, 2 / 3, 1 / 3])
     assert table["wrong_numbers"] == 3 / 12  # the answers "0"; 1+2+3 uses the right ones
+    own = evaluate.by_problem(records, 4)
+    assert own["right"] == [4, 1, 0] and own["votes"] == [1, 0, 0]
+    assert scores_of({"samples": 4, **own}).values == [1, 0.25, 0] and scores_of({"samples": 4, **own}, "votes").values == [1, 0, 0]
 
 
 def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler):
