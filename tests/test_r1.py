@@ -312,6 +312,6 @@ def test_the_ladder_s_page_shows_the_committed_runs():
 
 def test_r1_beside_as_much_compute_spent_on_r1_zero():
     """The default arm of experiments/longer.py, the same test puzzles and seeds."""
-    long = [statistics.read_scores(ROOT / f"experiments/results/longer/seed{seed}/default.json") for seed in range(3)]
+    long = [statistics.scores_of(json.loads((ROOT / f"experiments/results/longer/seed{seed}/default.json").read_text())["result"]) for seed in range(3)]
     own = statistics.difference(r1.scores(r1.Config(out=str(ROOT / "docs" / "r1"), seeds=3), "rl-all"), long)
     assert f"{100 * own.mean:+.1f} ({100 * own.low:+.1f} to {100 * own.high:+.1f})" in (ROOT / "docs" / "r1.md").read_text()
