@@ -116,6 +116,11 @@ def others(config: Config) -> list[str]:
     return [name for name in names if name != "general"]
 
 
+def alone(config: Config, other: str) -> Config:
+    """The same, asking a task beside instead of its own, at that task's first level."""
+    return replace(config, task=other, level="", beside="general=1")
+
+
 def all_stages(config: Config, seed: int) -> list[Stage]:
     """The recipe, in order. Stages that follow each other draw problems and random numbers of their own, by their seed."""
     folder, base = (shlex.quote(str(path)) for path in (Path(config.out) / f"seed{seed}", config.model))
@@ -177,7 +182,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         evaluation("hacking"),
     ]
     for other in others(config):  # what the ladder loses, or gains, elsewhere
-        flags, on = distill.task_flags(replace(config, task=other, beside="general=1", level="")), f"on-{Path(other).stem}"
+        flags, on = distill.task_flags(alone(config, other)), f"on-{Path(other).stem}"
         for name, model in (("base", base), *((name, f"{folder}/{name}/checkpoint") for name in ("zero", "sft", "rl-all"))):
             stages.append(Stage(f"eval-{name}-{on}", f"python evaluate.py --model {model} {flags} {measured} "
                                 f"--json {folder}/eval-{name}-{on}.json"))
@@ -294,13 +299,13 @@ def main() -> None:
             check_stages([stage for stages in runs.values() for stage in stages])
             distill.check_beforehand(config, config.puzzles, config.model)
             for other in others(config):
-                distill.check_beforehand(replace(config, task=other, beside="general=1", level=""), 0, config.model)
+                distill.check_beforehand(alone(config, other), 0, config.model)
         for seed, stages in runs.items():
             folder = Path(config.out) / f"seed{seed}"
             changed = [stage.name for stage in stages if read_record(folder, stage).get("output") and not is_done(folder, stage)]
             if changed and not config.list:
-                note(f"{folder} has stages of other flags, inputs or outputs ({', '.join(changed)}): where they run, they, and what "
-                     "stands on them, are made again, and the old ones moved aside; for both side by side give another --out")
+                note(f"{folder} has stages of other flags, inputs or outputs ({', '.join(changed)}): where they run, they, and "
+                     "what stands on them, are made again, and the old ones moved aside; for both side by side give another --out")
             for number, stage in enumerate(stages, 1):
                 done = is_done(folder, stage)
                 if config.list:

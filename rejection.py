@@ -85,7 +85,8 @@ class Config:
         if self.rounds > 1:  # else it would be said after a round of sampling
             parse_config(SftConfig, "", self.sft_flags.split())
         if self.limit and self.rounds > 1:
-            raise ValueError(f"got --limit {self.limit} with --rounds {self.rounds}, expected one of them: a round asks all n problems")
+            raise ValueError(f"got --limit {self.limit} with --rounds {self.rounds}, expected one of them: a round asks all "
+                             "n problems")
         if not 0 < self.top_p <= 1 or not 0 < self.non_cot_share < 1 or self.limit < 0:
             raise ValueError("expected top_p within (0, 1], non_cot_share within (0, 1) and a limit of at least 0")
 
@@ -148,8 +149,8 @@ def sample_rows(model, tokenizer, source: str, round_: int, config: Config, know
         tokens += chunk["tokens"]
         dropped.update(chunk["dropped"])
     judges.close()
-    report = {"source": source, "parameters": sum(p.numel() for p in model.parameters()), "round": round_, "puzzles": asked, "sampled": asked * config.samples,
-              "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
+    report = {"source": source, "parameters": sum(p.numel() for p in model.parameters()), "round": round_,
+              "puzzles": asked, "sampled": asked * config.samples, "sampled_tokens": tokens, "dropped": dict(dropped), "kept": len(rows),
               "puzzles_kept": len({row["prompt"] for row in rows})}
     if not rows:
         last = [name for name, count in dropped.items() if count][-1]

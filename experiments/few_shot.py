@@ -61,9 +61,9 @@ def base_stages(config: Config) -> list[Stage]:
 
 def ladder(config: Config, seed: int) -> list[Stage]:
     """R1-Zero and R1 as r1.py makes them, from the base that has read pages."""
-    recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out, level="three",
-                       zero_steps=config.zero_steps, rl_steps=config.rl_steps,
-                       general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, eval_n=config.n,
+    recipe = r1.Config(model=str(base_stages(config)[-1].out / "checkpoint"), out=config.out, level="three", beside="general=1",
+                       zero_steps=config.zero_steps, rl_steps=config.rl_steps, rl_learning_rate=5e-4,
+                       general_steps=max(1, config.rl_steps // 4), puzzles=config.puzzles, rows=4 * config.puzzles, eval_n=config.n,
                        pairs=max(600, 5 * config.puzzles), max_new_tokens=config.max_new_tokens,
                        rl_flags=f"--batch-size {config.batch_size}")
     stages = {stage.name: stage for stage in r1.all_stages(recipe, seed)}
