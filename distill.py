@@ -113,9 +113,9 @@ def student_stages(config: Config) -> list[Stage]:
           f"--rollouts sampled {config.rl_flags}")
     stages += [
         Stage("distill", f"{sft} --out {folder}/distill"),
-        # RL alone: R1-Zero's settings
+        # RL alone: R1-Zero's settings, but for a rate that falls, as that of SFT does
         Stage("student-rl", f"python train_countdown.py --model {student} --steps {config.rl_steps} "
-              f"--learning-rate {config.rl_learning_rate} {rl} --out {folder}/student-rl"),
+              f"--learning-rate {config.rl_learning_rate} --final-lr 0.1 {rl} --out {folder}/student-rl"),
         # RL after distillation differs from RL alone in two settings besides where it starts: a lower learning rate
         # and advantages that are not divided by their group's deviation (Dr. GRPO). A good policy's groups are nearly
         # all right; divided by their small deviation, a rare slip would count for more than anything else

@@ -47,7 +47,7 @@ class Config:
     temperature: float = 1.0         # 0 is greedy
     top_p: float = 1.0               # nucleus sampling; DeepSeek-R1 evaluates with 0.95
     max_new_tokens: int = 1024       # a completion that has not ended by then counts as truncated, and as wrong
-    shots: int = 0                   # solved examples before each prompt
+    shots: int = 0                   # solved examples before each prompt, drawn for each problem
     language: str = "en"             # the language that consistency is measured against
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     judges: int = 0                  # verdicts at the same time, while others write; 0: one a core, on a CPU at the end
@@ -169,6 +169,15 @@ def votes_are_right(task, problems: list, texts: list[str], judges: Judges) -> l
     return [winner is not None and one.verdict == "correct" for winner, one in zip(winners, judged)]
 
 
+def draw_examples(task, config: Config, i: int) -> list[tuple[str, str]]:
+    """The solved examples before the i-th problem's prompt: each problem has its own, so none speaks for all."""
+    rng = random.Random(f"{config.seed}, {i}")
+    if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
+        import corpus
+        return corpus.examples(rng, task.level, config.shots)
+    return task.examples(config.shots, config.style, rng)
+
+
 def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> tuple[dict, list[dict]]:
     """-> (the table's numbers, a record per completion). judges: those of a run that evaluates; None: some of its own.
     Raises ValueError where a prompt does not fit the context."""
@@ -177,12 +186,7 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
             return evaluate(model, tokenizer, config, own)
     task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)
-    if task.name == "countdown" and config.style == "tiny":  # as the tiny base has read them
-        import corpus
-        examples = corpus.examples(random.Random(config.seed), task.level, config.shots)
-    else:
-        examples = task.examples(config.shots, config.style, config.seed)
-    prompts = [task.prompt(problem, config.style, tokenizer, examples) for problem in problems]
+    prompts = [task.prompt(problem, config.style, tokenizer, draw_examples(task, config, i)) for i, problem in enumerate(problems)]
     settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
                     slots=config.slots)
     check_numbers(tokenizer, prompts, config.style)

@@ -53,6 +53,7 @@ class Config:
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny or chat
     zero_steps: int = 12             # RL steps of R1-Zero
+    longer_steps: int = 28           # of R1-Zero once more, for as much compute as the cold start with what it stands on
     rl_steps: int = 12               # of each RL stage of R1
     general_steps: int = 6           # of the last RL stage's, with the prompts of --beside; DeepSeek-R1: 400 of 1,700
     hacking_steps: int = 24          # of the run that trains on the preference reward alone, for too long
@@ -88,14 +89,14 @@ class Config:
             raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
         if self.pairs < 8:
             raise ValueError(f"got pairs {self.pairs}, expected at least 8: a quarter of them is kept out")
-        if min(self.seeds, self.zero_steps, self.rl_steps, self.hacking_steps, self.student_steps, self.after_steps,
+        if min(self.seeds, self.zero_steps, self.longer_steps, self.rl_steps, self.hacking_steps, self.student_steps, self.after_steps,
                self.puzzles, self.samples, self.rows, self.eval_n, self.eval_samples) < 1:
             raise ValueError("expected seeds, steps, puzzles, samples, rows and eval_n of at least 1")
         if not 0 < self.general_steps <= self.rl_steps:
             raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
 
 
-QUICK = dict(out="runs/r1-quick", level="three", zero_steps=5, rl_steps=5, general_steps=3, hacking_steps=16, student_steps=20,
+QUICK = dict(out="runs/r1-quick", level="three", zero_steps=5, longer_steps=12, rl_steps=5, general_steps=3, hacking_steps=16, student_steps=20,
              after_steps=6, puzzles=1000, rows=500, pairs=2000, eval_n=128, rl_flags="--batch-size 128 --eval-every 1000")
 
 
@@ -129,7 +130,6 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
     length = f"--max-new-tokens {config.max_new_tokens} {machine}"
     asked = f"{task} {length} --n {config.puzzles} --samples {config.samples} --limit {config.rows}"
     rl = f"{length} --eval-n {config.eval_n} --rollouts sampled {config.rl_flags}"
-    zero = f"--model {base} --steps {config.zero_steps} --learning-rate {config.rl_learning_rate} {task} {rl} --seed {seed}"
     later = f"--steps {config.rl_steps} --learning-rate {config.rl2_learning_rate} {rl}"
     language = f"--weights language={config.language_weight}"
     judge = f"--preference {folder}/preference/checkpoint"
@@ -141,16 +141,22 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         return Stage(f"eval-{name}", f"python evaluate.py --model {model or f'{folder}/{name}/checkpoint'} "
                      f"{task} {measured} --json {folder}/eval-{name}.json")
 
+    def from_base(steps: int) -> str:
+        return f"--model {base} --steps {steps} --learning-rate {config.rl_learning_rate} {task} {rl} --seed {seed}"
+
     def own(number: int) -> str:
         return f"--seed {seed + 100 * number}"
 
     stages = [
         # 1. R1-Zero: RL on the base, rules only
         evaluation("base", base),
-        Stage("zero", f"python train_countdown.py {zero} --out {folder}/zero"),
+        Stage("zero", f"python train_countdown.py {from_base(config.zero_steps)} --out {folder}/zero"),
         evaluation("zero"),
+        #    and what more of the same gives, for the compute of the next two stages
+        Stage("zero-longer", f"python train_countdown.py {from_base(config.longer_steps)} --out {folder}/zero-longer"),
+        evaluation("zero-longer"),
         #    and once more with the language reward: what it removes, and what it costs
-        Stage("zero-language", f"python train_countdown.py {zero} {language} --out {folder}/zero-language"),
+        Stage("zero-language", f"python train_countdown.py {from_base(config.zero_steps)} {language} --out {folder}/zero-language"),
         evaluation("zero-language"),
         # 2. the cold start: its readable English completions, and SFT of the base on them
         Stage("cold-data", f"python rejection.py --model {folder}/zero/checkpoint {asked} {own(0)} --out {folder}/cold.jsonl"),
@@ -193,6 +199,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
 ROWS = {  # evaluation -> (what the table calls it, the stages that made it, the row that these stand on)
     "base": ("base", (), ""),
     "zero": ("R1-Zero", ("zero",), ""),
+    "zero-longer": ("R1-Zero for as much compute as the cold start", ("zero-longer",), ""),
     "zero-language": ("R1-Zero with the language reward", ("zero-language",), ""),
     "cold-start": ("cold start", ("cold-data", "cold-start"), "zero"),
     "rl": ("RL with the language reward", ("rl",), "cold-start"),
@@ -209,9 +216,11 @@ CLAIMS = (  # what the paper says, and the two rows whose paired difference says
     ("a majority of its answers is better still", "zero's votes", "zero"),
     ("the language reward costs little", "zero-language", "zero"),
     ("cold start helps", "cold-start", "zero"),
+    ("cold start is worth its compute", "cold-start", "zero-longer"),
     ("RL after it helps", "rl", "cold-start"),
     ("rejection sampling and SFT help", "sft", "rl"),
     ("RL on all prompts keeps it", "rl-all", "sft"),
+    ("the stages behind the cold start add", "rl-all", "cold-start"),
     ("R1 is better than R1-Zero", "rl-all", "zero"),
     ("distillation beats RL on the small model", "distill", "student-rl"),
     ("RL after distillation adds", "distill-rl", "distill"),
@@ -268,7 +277,7 @@ def markdown(table: dict) -> str:
     lines = [f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, {table['n']} test puzzles x {table['samples']} "
              f"samples at temperature 1; {table['minutes_of_a_seed']:.0f} minutes a seed, {table['disk_mib']:.0f} MiB.", "",
              "| stage | pass@1 (95% interval) | of the seeds | 3 numbers | 4 numbers | English | mixed | format | tokens | "
-             "needless thinking | known greetings | new greetings | sums | "
+             "known greetings thought over | known greetings | new greetings | sums | "
              f"{''.join(f'{name} | ' for name in others)}TFLOPs, with the stages before | own minutes |",
              "|---" * (15 + len(others)) + "|"]
     for row in table["rows"].values():

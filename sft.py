@@ -45,6 +45,7 @@ class Config:
     context: int = 0                     # room for tokens, 0: as its config says (from scratch: 2,048)
     teacher: str = ""                    # learn this checkpoint's distribution over the rows' tokens, not the tokens
     epochs: int = 1                      # passes over the data
+    steps: int = 0                       # optimizer steps, whatever passes they take; 0: those of --epochs
     batch_tokens: int = 8192             # prompt and completion tokens per optimizer step
     style: str = "tiny"                  # template that a row's prompt is put into: tiny (as it is), base or chat
     optimizer: str = "adamw"             # adamw, or muon for matrices, adamw for the rest (1.7x quicker from scratch)
@@ -80,8 +81,8 @@ class Config:
             raise ValueError(f"got from_scratch {self.from_scratch!r}, expected one of {', '.join(TINY_MODELS)}")
         if min(self.learning_rate, self.muon_learning_rate) <= 0 or not 0 <= min(self.warmup, self.final_lr) <= 1:
             raise ValueError("expected learning rates above 0, and warmup and final_lr within [0, 1]")
-        if self.context < 0:
-            raise ValueError(f"got context {self.context}, expected at least 0")
+        if min(self.context, self.steps) < 0:
+            raise ValueError(f"got context {self.context} and steps {self.steps}, expected at least 0")
         check_positive(self, "eval_rows", "epochs", "batch_tokens", "micro_batch_tokens", "eval_every", "save_every",
                        "clip_norm")
 
@@ -161,6 +162,15 @@ def epoch_batches(examples, batch_tokens: int, seed: int) -> list[list[int]]:
             batches.append(batch)
             batch, tokens = [], 0
     return batches + [batch] if batch else batches
+
+
+def all_batches(examples, config: Config) -> list[list[int]]:
+    """Those of --epochs, or of as many epochs as --steps takes."""
+    batches, epoch = [], 0
+    while epoch < config.epochs and not config.steps or len(batches) < config.steps:
+        batches += epoch_batches(examples, config.batch_tokens, config.seed + epoch)
+        epoch += 1
+    return batches[:config.steps or None]
 
 
 def build_optimizers(model, config: Config) -> list:
@@ -275,8 +285,7 @@ def start(config: Config):
 def main() -> None:
     config = parse_config(Config, __doc__)
     run, model, tokenizer, teacher, examples, held_out, state = start(config)
-    batches = [batch for epoch in range(config.epochs)
-               for batch in epoch_batches(examples, config.batch_tokens, config.seed + epoch)]
+    batches = all_batches(examples, config)
     optimizers = build_optimizers(model, config)
     step, inputs = 0, (state or {}).get("inputs")  # of a resumed run they are as they were: check_unchanged
     inputs = inputs or {path: fingerprint(path) for path in (config.data, config.teacher) if path}

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import countdown
+import train_countdown
 from countdown import WEIGHTS, Puzzle, make_prompt, sample_puzzle
 from grpo import grpo_loss
 from machinery.batching import pad_batch, token_logprobs
@@ -146,9 +147,9 @@ def time_continuous(hf_model, workload: Workload, device: str) -> tuple[int, flo
 
 
 def time_our_steps(config, directory: Path) -> list[float]:
-    """train_countdown.py as a user runs it -> tokens per second of each step but the first, from its own log."""
+    """train_countdown.py as a user runs it, at one rate as TRL -> tokens per second of each step but the first, from its own log."""
     out = directory / f"ours-{time.time()}"
-    flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8,
+    flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8, "--warmup-steps": 1,
              "--group-size": config.group_size, "--batch-size": config.prompts * config.group_size,
              "--max-new-tokens": config.max_new_tokens, "--device": config.device}
     environment = os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})
@@ -160,8 +161,9 @@ def time_our_steps(config, directory: Path) -> list[float]:
     return [row["tokens_per_second"] for row in rows if row["step"] > 1]
 
 
-def time_trl_steps(config, directory: Path) -> list[float]:
-    """TRL's GRPOTrainer on the same puzzles, rewards, groups, limits -> tokens a second of each step but the first."""
+def time_trl_steps(config, directory: Path, micro_batch: int) -> list[float]:
+    """TRL's GRPOTrainer on the same puzzles, rewards, groups, limits and schedule, so many completions a pass
+    -> tokens a second of each step but the first."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -187,9 +189,11 @@ def time_trl_steps(config, directory: Path) -> list[float]:
         model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32), reward_funcs=score,
         processing_class=AutoTokenizer.from_pretrained(config.model), callbacks=[Clock()],
         train_dataset=Dataset.from_list(rows),
-        args=GRPOConfig(output_dir=str(directory / "trl"), max_steps=config.steps, per_device_train_batch_size=batch,
+        args=GRPOConfig(output_dir=str(directory / "trl"), max_steps=config.steps,
+                        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=batch // micro_batch,
                         num_generations=config.group_size, max_completion_length=config.max_new_tokens,
-                        temperature=1.0, beta=0.0, learning_rate=5e-4, lr_scheduler_type="constant", logging_steps=1,
+                        temperature=1.0, beta=0.0, learning_rate=train_countdown.Config.learning_rate, logging_steps=1,
+                        lr_scheduler_type="constant",
                         save_strategy="no", report_to="none", use_cpu=config.device == "cpu", bf16=False,
                         gradient_checkpointing=False, seed=config.seed, disable_tqdm=True))
     with contextlib.redirect_stdout(sys.stderr):  # its log

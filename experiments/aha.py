@@ -14,9 +14,10 @@ look at what the base had read. Here that is known, since we write the corpus:
     python -m experiments.aha --arm full       # one arm, a terminal each; then without --arm for the picture
     python -m experiments.aha --quick          # a minute: does it run? Its numbers mean nothing
 
-Every base has the size of models/tiny-student and has read 60,000 searches in English, no programs and no small talk.
-There is one base an arm; the seeds are those of GRPO. You see one figure of five lines (validation puzzles), and for
-each arm what the base did and what it does after RL (test puzzles).
+Every base has the size of models/tiny-student and has read searches of three numbers in English, no programs and no
+small talk. A seed is that of a corpus, of a base and of its GRPO: with the same seed the corpora of all arms differ in
+the switch alone, so arms are compared in pairs, and their spread holds that of bases. You see one figure of five lines
+(validation puzzles), and for each arm what the bases did and what they do after RL (test puzzles).
 """
 
 import shlex
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
-from experiments.study import (average, begin, finish, markdown, measured, paired, piece, points, run_stages,
+from experiments.study import (average, begin, compared, finish, markdown, measured, paired, piece, points, run_stages,
                                seed_folder, seeds_to_run, text)
 from machinery import plots
 from machinery.checkpoints import load
@@ -44,10 +45,10 @@ class Config:
     model: str = "student"       # architecture of the bases: student (0.2M parameters) or tiny (0.8M)
     documents: int = 60000       # that each base reads, once
     batch_tokens: int = 4096     # per pretraining step: few documents want small steps
-    steps: int = 40              # of GRPO
+    steps: int = 30              # of GRPO
     batch_size: int = 128        # completions a step, in groups of 16
     eval_every: int = 10         # GRPO steps between evaluations
-    eval_n: int = 512            # validation puzzles of the curves, test puzzles before and after RL
+    eval_n: int = 300            # validation puzzles of the curves, test puzzles before and after RL
     samples: int = 4             # completions of each, before and after RL
     max_new_tokens: int = 1024   # a longer completion is cut off
 
@@ -68,36 +69,27 @@ ARMS = {
     "no reflection": "--no-reflection",
     "wrong answers": "--wrong-answers 1.0",
 }
-COUNTS = ("pass@1_3_numbers", "pass@1_4_numbers")
+LEVEL = "three"
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
 VERIFICATIONS = ("verifications per completion", "verifications", "eval_verifications", False)
 PANELS = tuple(VERIFICATIONS if panel[1] == "mixed" else panel for panel in plots.PANELS)  # one language, nothing to mix
 
 
-def base_stages(config: Config, arm: str) -> list[Stage]:
-    name = arm_folder(Path(), arm)
-    folder = shlex.quote(str(arm_folder(Path(config.out) / "bases", arm)))
+def arm_stages(config: Config, arm: str, seed: int) -> list[Stage]:
+    """The corpus, the base that reads it, and RL."""
+    name = arm.replace(" ", "-")
+    folder = shlex.quote(str(Path(config.out) / f"seed{seed}" / name))
     return [
-        Stage(f"{name}-corpus", f"python corpus.py --n {config.documents} --chat 0.0 --programs 0.0 "
-              f"--no-languages {ARMS[arm]} --out {folder}/corpus.jsonl"),
+        Stage(f"{name}-corpus", f"python corpus.py --n {config.documents} --level {LEVEL} --chat 0.0 --programs 0.0 "
+              f"--no-languages {ARMS[arm]} --seed {seed} --out {folder}/corpus.jsonl"),
         Stage(f"{name}-base", f"python sft.py --data {folder}/corpus.jsonl --from-scratch {config.model} --optimizer muon "
               f"--learning-rate 3e-3 --batch-tokens {config.batch_tokens} --micro-batch-tokens 4096 "
-              f"--eval-rows {config.documents // 100} --out {folder}/base"),
+              f"--eval-rows {config.documents // 100} --seed {seed} --out {folder}/base"),
+        Stage(f"{name}-rl", f"python train_countdown.py --model {folder}/base/checkpoint --level {LEVEL} --steps {config.steps} "
+              f"--batch-size {config.batch_size} --eval-every {config.eval_every} --eval-n {config.eval_n} "
+              f"--max-new-tokens {config.max_new_tokens} --seed {seed} --rollouts sampled --out {folder}/rl"),
     ]
-
-
-def rl_stage(config: Config, arm: str, seed: int) -> Stage:
-    model, out = (shlex.quote(str(path)) for path in (base_stages(config, arm)[-1].out / "checkpoint",
-                                                      arm_folder(seed_folder(config, seed), arm)))
-    return Stage(f"{arm_folder(Path(), arm)}-rl", f"python train_countdown.py --model {model} --steps {config.steps} "
-                 f"--batch-size {config.batch_size} --eval-every {config.eval_every} --eval-n {config.eval_n} "
-                 f"--max-new-tokens {config.max_new_tokens} --seed {seed} --rollouts sampled "
-                 f"--out {out}")
-
-
-def arm_folder(folder: Path, arm: str) -> Path:
-    return folder / arm.replace(" ", "-")
 
 
 def measure(config: Config, checkpoint) -> dict:
@@ -105,7 +97,7 @@ def measure(config: Config, checkpoint) -> dict:
     result, and how many of these answer right."""
     model, tokenizer = load(checkpoint)
     table, records = evaluate.evaluate(model.eval(), tokenizer, evaluate.Config(
-        n=config.eval_n, samples=config.samples, max_new_tokens=config.max_new_tokens))
+        level=LEVEL, n=config.eval_n, samples=config.samples, max_new_tokens=config.max_new_tokens))
     found = [record for record in records
              if any(word in chain_of_thought(record["completion"]) for word in (" yes", " ja"))]
     return {**table, **evaluate.by_problem(records, config.samples), "found": len(found) / len(records),
@@ -114,19 +106,20 @@ def measure(config: Config, checkpoint) -> dict:
 
 def collect(config: Config) -> dict:
     """The committed JSON: for each arm the base, the policy after RL, and the curves in between."""
-    names = (f"pass@{config.samples}", f"maj@{config.samples}", *COUNTS, "format", "found", "right_when_found",
+    names = (f"pass@{config.samples}", f"maj@{config.samples}", "format", "found", "right_when_found",
              "completion_tokens", *BEHAVIOURS)
     wanted = {"step"} | {name for _, train, held_out, _ in PANELS for name in (train, held_out)}
     arms, runs = {}, {}
     for arm in ARMS:
-        tables = {"base": [piece(Path(config.out) / "bases", f"{arm} base")],
-                  "rl": [piece(seed_folder(config, seed), f"{arm} rl") for seed in range(config.seeds)]}
-        runs[arm] = list(map(scores_of, tables["rl"]))
+        tables = {when: [piece(seed_folder(config, seed), f"{arm} {when}") for seed in range(config.seeds)]
+                  for when in ("base", "rl")}
+        before, runs[arm] = (list(map(scores_of, rows)) for rows in tables.values())
         arms[arm] = {when: {"pass@1": measured(list(map(scores_of, rows))),
                             **{name: average([t[name] for t in rows]) for name in names}} for when, rows in tables.items()}
+        arms[arm]["rl - base"] = paired(runs[arm], before)
         arms[arm]["minus full"] = paired(runs[arm], runs["full"])
         arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
-                                for row in read_metrics(rl_stage(config, arm, seed).out)]
+                                for row in read_metrics(arm_stages(config, arm, seed)[-1].out)]
                                for seed in range(config.seeds)]
     return {"arms": arms}
 
@@ -137,16 +130,19 @@ def draw(record: dict, path) -> None:
 
 def table(record: dict) -> str:
     def change(arm: dict, name: str, form: str) -> str:
-        return f"{arm['base'][name]['mean']:{form}} -> {arm['rl'][name]['mean']:{form}}"
+        before, after = arm["base"][name], arm["rl"][name]
+        return (f"{before['mean']:{form}} -> {after['mean']:{form}} ({min(after['seeds']):{form}} to "
+                f"{max(after['seeds']):{form}})")
 
     samples = record["config"]["samples"]
-    columns = (*((count, ".1%") for count in COUNTS), (f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"),
+    columns = ((f"pass@{samples}", ".1%"), (f"maj@{samples}", ".1%"),
                ("completion_tokens", ".0f"), *((name, ".2f") for name in BEHAVIOURS), ("found", ".1%"),
                ("right_when_found", ".1%"))
-    rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}", points(arm["minus full"]),
+    rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}", points(arm["rl - base"]),
+             f"{points(arm['minus full'])}: {arm['minus full']['verdict']}" if name != "full" else "",
              *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]
     names = [column.replace("completion_", "").replace("_", " ") for column, _ in columns]
-    return markdown(["base", "pass@1", "after RL, minus full", *names], rows)
+    return markdown(["base", "pass@1", "by RL", "after RL, minus full", *names], rows)
 
 
 def verdict(record: dict) -> str:
@@ -155,27 +151,24 @@ def verdict(record: dict) -> str:
     def moved(arm: str, name: str) -> str:
         return f"{arms[arm]['base'][name]['mean']:.2f} to {arms[arm]['rl'][name]['mean']:.2f}"
 
-    scores = ", ".join(f"{arm} {text(arms[arm]['base']['pass@1'], False)} to {text(arms[arm]['rl']['pass@1'])}"
-                       for arm in ARMS)
+    pairs = {arm: own["minus full"] for arm, own in arms.items() if arm != "full"}
+    apart = "; ".join(f"{arm} is {compared(pair)} full ({points(pair)})" for arm, pair in pairs.items())
     created = [name.replace("_", " ") for arm, name in MISSING.items() if arms[arm]["rl"][name]["mean"] >= 0.05]
     behaviours = "; ".join(f"{name.replace('_', ' ')} {moved('full', name)} on the full base, {moved(arm, name)} on the "
                            f"one that never read any" for arm, name in MISSING.items())
     did = f"RL created {' and '.join(created)}" if created else "RL created no behaviour that a base had not read"
-    return (f"The same GRPO takes pass@1 on the five bases from and to: {scores}. {did}, and moved those that were "
-            f"there; per completion: {behaviours}.")
+    return f"After the same GRPO {apart}. {did}, and moved those that were there; per completion: {behaviours}."
 
 
 def main() -> None:
-    config = begin(Config, __doc__, QUICK)
+    config = begin(Config, __doc__, QUICK, levels=(LEVEL,))
     go_on = "python -m experiments.aha"
     for arm in [config.arm] if config.arm else ARMS:
-        bases = Path(config.out) / "bases"
-        run_stages(bases, base_stages(config, arm), go_on)
-        piece(bases, f"{arm} base", lambda: measure(config, base_stages(config, arm)[-1].out / "checkpoint"))
         for seed in seeds_to_run(config):
-            folder, stage = seed_folder(config, seed), rl_stage(config, arm, seed)
-            run_stages(folder, [stage], go_on)
-            piece(folder, f"{arm} rl", lambda: measure(config, stage.out / "checkpoint"))
+            folder, stages = seed_folder(config, seed), arm_stages(config, arm, seed)
+            run_stages(folder, stages, go_on, lock=f"{arm}.lock")
+            for when, stage in zip(("base", "rl"), stages[1:]):
+                piece(folder, f"{arm} {when}", lambda: measure(config, stage.out / "checkpoint"))
     if config.seed < 0 and not config.arm:
         finish(config, "aha", collect(config), draw, table, verdict)
 

@@ -10,9 +10,10 @@ to local optima, and the value model that has to guide all of it is hard to trai
     growth     different prefixes among 256 completions, by lines and by tokens
     width      the limit from 2 to 16: how often is the solution in the tree at all?
     value      the same search with a value model that has learnt nothing, and with none (counted as if it read too)
-    training   one round: SFT of the base on what the search solved, and on as many tokens of plain sampling
+    training   one round: SFT of the base on what the search solved, and on what as many tokens of plain samples solved; as
+               many steps of both
 
-    python -m experiments.mcts                 # 2 seeds; 2 cores: see minutes in experiments/results/mcts.json
+    python -m experiments.mcts                 # 3 seeds; 2 cores: see minutes in experiments/results/mcts.json
     python -m experiments.mcts --seed 0        # one seed, a terminal each; then without --seed for the picture
     python -m experiments.mcts --quick         # a minute: does it run? Its numbers mean nothing
 
@@ -32,6 +33,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
+from evaluate import mean
 from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, powers_of_two,
                                 reliability, runs_of, score_positions, test_puzzles, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, measured, paired, piece, points,
@@ -48,7 +50,7 @@ from rewards import accuracy_reward
 @dataclass(frozen=True)
 class Config:
     out: str = "runs/mcts"           # folder of the study
-    seeds: int = 2                   # seeds 0, 1, ...
+    seeds: int = 3                   # seeds 0, 1, ...
     seed: int = -1                   # of those only this one, without the picture
     quick: bool = False              # a minute, to see that it runs
     model: str = "models/tiny-student"  # the policy, and where the value model starts
@@ -62,6 +64,7 @@ class Config:
     ablation_budget: int = 64        # of the searches with other widths and other values, in completions
     sft_puzzles: int = 400           # train puzzles that are searched for the training round
     sft_budget: int = 16             # completions' worth of tokens for each
+    sft_steps: int = 60              # of both arms, however much of it was solved
     eval_n: int = 512                # test puzzles that the trained models are measured on
     max_new_tokens: int = 1024       # a longer completion is cut off
 
@@ -73,7 +76,7 @@ class Config:
 
 
 QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
-             sft_budget=8, eval_n=16, max_new_tokens=160)
+             sft_budget=8, sft_steps=2, eval_n=16, max_new_tokens=160)
 WIDTHS = (2, 4, 8, 16)
 
 
@@ -211,7 +214,7 @@ def training_stages(config: Config, folder: Path, seed: int) -> list[Stage]:
     for name in ("plain", "mcts"):
         models[name] = f"{place}/sft-{name}/checkpoint"
         stages.append(Stage(f"sft-{name}", f"python sft.py --data {place}/{name}.jsonl --model {models['base']} "
-                            f"--epochs 2 --learning-rate 2e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
+                            f"--steps {config.sft_steps} --learning-rate 1e-3 --batch-tokens 4096 --eval-rows 4 --seed {seed} "
                             f"--out {place}/sft-{name}"))
     return stages + [Stage(f"eval-{name}", f"python evaluate.py --model {model} --n {config.eval_n} --samples 4 "
                            f"--max-new-tokens {config.max_new_tokens} "
@@ -229,11 +232,13 @@ def collect(config: Config) -> dict:
     asked, sampled = names_of_test_puzzles(config.n, config.seeds), [run["plain"] for run in plain_]
 
     def searches(tables):
-        curves = [{way: row for way, row in table.items() if isinstance(row, dict)} for table in tables]
-        return measured_curves(asked, curves) | {"stuck": average([table["stuck"] for table in tables])}
+        curves = [{way: table[way] for way in ("best value", "vote", "found")} for table in tables]
+        return measured_curves(asked, curves) | {
+            "tokens": {size: average([mean(table["tokens"][size]) for table in tables]) for size in tables[0]["tokens"]},
+            "stuck": average([table["stuck"] for table in tables])}
 
     def means(rows):
-        return [sum(column) / len(column) for column in zip(*rows)]
+        return list(map(mean, zip(*rows)))
 
     trained, runs = {}, {}
     for name in ("base", "plain", "mcts"):
@@ -317,8 +322,9 @@ def table(record: dict) -> str:
     ways = [("majority of N", plain_["majority"], 1), ("best of N / 2 by value", plain_["best of N"], 2),
             ("vote of N / 2 weighted by value", plain_["weighted vote"], 2), ("MCTS, best value", mcts["best value"], 1),
             ("MCTS, vote", mcts["vote"], 1), ("in the tree of MCTS", mcts["found"], 1), ("pass@N", plain_["pass@N"], 1)]
+    spent = [f"{mcts['tokens'][size]['mean'] / record['tokens_a_completion']['mean']:.1f}" for size in sizes]
     rows = [[label] + [text(entries[str(int(size) // cost)]) if str(int(size) // cost) in entries else ""
-                       for size in sizes] for label, entries, cost in ways]
+                       for size in sizes] for label, entries, cost in ways] + [["spent by MCTS, in completions", *spent]]
     solved = markdown(["solved with the tokens of N completions", *(f"N = {size}" for size in sizes)], rows)
     last = list(record["values"]["none"]["found"])[-1]
     middle = list(record["values"]["none"]["found"])[-3:][0]

@@ -13,7 +13,7 @@ can be measured:
     reward     GRPO with the scores as rewards of single lines: normalised as in DeepSeekMath, section 4.1.3, beside the
                outcome reward and alone; and simply paid, line by line, beside it and alone
 
-    python -m experiments.prm                  # 2 seeds; 2 cores: see minutes in experiments/results/prm.json
+    python -m experiments.prm                  # 3 seeds; 2 cores: see minutes in experiments/results/prm.json
     python -m experiments.prm --seed 0         # one seed, a terminal each; then without --seed for the picture
     python -m experiments.prm --quick          # a minute: does it run? Its numbers mean nothing
 
@@ -48,7 +48,7 @@ from preference import load_reward_model, save_reward_model
 @dataclass(frozen=True)
 class Config:
     out: str = "runs/prm"            # folder of the study
-    seeds: int = 2                   # seeds 0, 1, ...
+    seeds: int = 3                   # seeds 0, 1, ...
     seed: int = -1                   # of those only this one, without the picture
     quick: bool = False              # a minute, to see that it runs
     model: str = "models/tiny-student"  # the policy whose traces are scored, and where scorer and RL start

@@ -10,7 +10,7 @@ whose result is kept as JSON; both are skipped when they are done, so an interru
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,11 +31,10 @@ RUN_ONLY = ("out", "seeds", "seed", "arm", "again")  # what does not change a se
 
 
 def begin(config_class, doc: str, quick: dict, levels: tuple[str, ...] = ("laptop",)):
-    """Flags -> config, with the values of quick under --quick. Ends in one line where OUT holds other settings, and where
-    the model cannot read the test puzzles of these levels, or there are fewer than are asked for."""
-    config = parse_config(config_class, doc)
-    if config.quick:
-        config = replace(config, out=f"{config.out}-quick", **quick)
+    """Flags -> config, --quick being the values of quick and a folder of its own. Ends in one line where OUT holds other
+    settings or more seeds, and where the model cannot read the test puzzles of these levels, or there are fewer than are
+    asked for."""
+    config = parse_config(config_class, doc, quick=quick | {"out": f"{config_class.out}-quick"})
     settings = {name: value for name, value in asdict(config).items() if name not in RUN_ONLY}
     with bad_input_exits():
         if not -1 <= config.seed < config.seeds or config.seeds < 1:
@@ -46,12 +45,17 @@ def begin(config_class, doc: str, quick: dict, levels: tuple[str, ...] = ("lapto
         if "/" in settings["model"] and not Path(settings["model"]).is_dir():
             raise FileNotFoundError(f"got model {settings['model']}, but there is no such directory")
         directory = Path(settings["model"])
-        for level in levels if directory.is_dir() else ():
+        for level in levels:
             puzzles = sample_puzzles(settings.get("n") or settings["eval_n"], level=level, split="test", seed=0)
-            check_room(read_tokenizer(directory), list(map(make_prompt, puzzles)), "tiny", config.max_new_tokens,
-                       read_hf_config(directory).max_position_embeddings)
+            if directory.is_dir():
+                check_room(read_tokenizer(directory), list(map(make_prompt, puzzles)), "tiny", config.max_new_tokens,
+                           read_hf_config(directory).max_position_embeddings)
         settings |= {f"{name} weights": fingerprint(value) for name, value in settings.items()
                      if isinstance(value, str) and Path(value).is_dir()}
+        if more := sorted(path.name for path in Path(config.out).glob("seed*")
+                           if path.name[4:].isdigit() and int(path.name[4:]) >= config.seeds):
+            raise ValueError(f"got seeds {config.seeds} and {config.out}, which has {', '.join(more)} too; expected --seeds "
+                             "that counts them, or another --out")
         path = Path(config.out) / "config.json"
         if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
             differ = [name for name in held | settings if held.get(name) != settings.get(name)]

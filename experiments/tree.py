@@ -91,18 +91,20 @@ class Search:
             back_up(child, value if ended or not child.over else 0.0)
 
     def choose(self) -> dict:
-        """Whether its answer is right, by each way to choose one; found: whether a right one is there to be chosen."""
+        """Whether its answer is right, by each way to choose one; found: whether a right one is there to be chosen; and the
+        tokens that it cost, written and read."""
         answers = [answer for _, answer, _, _ in self.finished]
         scores = [score for _, _, score, _ in self.finished]
         chosen = {"best value": best(answers, scores), "vote": vote(answers, scores)}
         return {way: answer == self.puzzle.target for way, answer in chosen.items()} | {
-            "found": self.puzzle.target in answers}
+            "found": self.puzzle.target in answers, "tokens": self.spent}
 
 
 def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[float], width: int, explore: float,
            seed: int, what: str) -> tuple[list[Search], dict]:
     """One tree a puzzle, all in step: each round every tree selects a node, the policy writes lines below all of them at
-    once, and value_of(token rows) judges these. -> the trees, and {way: {budget in tokens: is each puzzle answered right?}}.
+    once, and value_of(token rows) judges these. -> the trees, and {way: {budget in tokens: is each puzzle answered right?}}
+    with the "tokens" really spent beside the ways.
 
     A result belongs to a budget as long as no token beyond it was spent."""
     ends = end_tokens(model, tokenizer)
@@ -135,6 +137,6 @@ def search(model, tokenizer, value_of, puzzles: list[Puzzle], *, budgets: list[f
     for i, tree in enumerate(searches):
         record(i, tree.choose(), math.inf)
     table = {way: {budget: [float(result[budget][way]) for result in results] for budget in budgets}
-             for way in ("best value", "vote", "found")}
+             for way in ("best value", "vote", "found", "tokens")}
     table["stuck"] = sum(tree.spent < max(budgets) for tree in searches) / len(searches)
     return searches, table

@@ -52,6 +52,8 @@ def load(path_or_id, *, dtype=torch.float32, device="cpu"):
     Weights may be one model.safetensors or several shards with an index. A hub id is downloaded (or found in the cache)
     by transformers. Raises ValueError or FileNotFoundError with a line that says what to mend."""
     check_device(device)
+    if str(device).startswith("cuda:"):
+        torch.cuda.set_device(device)  # CUDA graphs and streams are of the current one
     if dtype == torch.bfloat16 and str(device) == "cpu" and (times := slower_in_bf16()) > SLOW:
         note(f"this CPU computes bfloat16 {times:.0f} times slower than float32 (measured just now): take --dtype float32, "
              "unless memory is what it lacks")

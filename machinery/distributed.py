@@ -32,19 +32,24 @@ def start(device: str) -> str:
     check_device(device)
     if "LOCAL_RANK" not in os.environ:  # not started by torchrun
         return device
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])  # on this machine
     backend = "gloo"
     if device.startswith("cuda"):
-        if local_size > torch.cuda.device_count():
-            raise ValueError(f"got {local_size} processes on a machine with {torch.cuda.device_count()} GPUs, expected "
+        if local_size() > torch.cuda.device_count():
+            raise ValueError(f"got {local_size()} processes on a machine with {torch.cuda.device_count()} GPUs, expected "
                              "one process a GPU; lower --nproc-per-node")
-        device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"  # lists and numbers need not wait for the GPU
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend = "cpu:gloo,cuda:nccl"  # lists and numbers need not wait for the GPU
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))  # else each process would use every core
+        torch.set_num_threads(max(1, os.cpu_count() // local_size()))  # else each process would use every core
     # hours, because the others wait while one evaluates or saves; when a process dies, torchrun stops the others itself
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
+
+
+def local_size() -> int:
+    """Processes of this run on this machine, which share its memory and its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def stop() -> None:

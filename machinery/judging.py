@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from machinery.distributed import local_size
 from machinery.flags import fail
 from machinery.notes import note
 
@@ -45,7 +46,7 @@ class Judges:
     Raises ValueError where the machine does not start so many."""
 
     def __init__(self, number: int = 0, seconds: float = 300.0, device=""):
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
+        cores = (os.cpu_count() or 1) // local_size()
         self.stand_back = not number and str(device) == "cpu"
         self.number, self.seconds, self.waiting = number or max(1, cores), seconds, SimpleQueue()
         for started in range(self.number):

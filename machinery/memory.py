@@ -19,6 +19,7 @@ import torch
 
 from machinery.batching import LOGITS_AT_ONCE
 from machinery.checkpoints import find_directory, read_hf_config
+from machinery.distributed import local_size
 from machinery.flags import bad_input_exits, parse_config
 from machinery.presets import PRESETS
 from model import Linear, Model
@@ -71,10 +72,10 @@ def estimate(hf_config, config, *, prompt_tokens: int = 256, world_size: int = 1
 
 
 def available(device: str) -> float:
-    """Bytes of the device that a run may use."""
+    """Bytes of the device that one process may use: of a GPU all, of the machine its share beside torchrun's others."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory * (1 - SPARE)
-    return machine_memory() * (1 - SPARE)
+    return machine_memory() * (1 - SPARE) / local_size()
 
 
 def machine_memory() -> float:
@@ -94,11 +95,17 @@ REMEDIES = ({"dtype": "bfloat16"}, {"activation_checkpointing": True}, {"micro_b
 
 
 def check_fits(config, *, model="", world_size: int = 1) -> None:
-    """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large.
+    """Raises ValueError with the estimate, and the flags that would make it fit, where the model is too large for the
+    device, or what it keeps in host memory for the machine.
 
     model: the directory that is read, where it is not config.model."""
     hf_config, limit = read_hf_config(find_directory(model or config.model)), available(config.device)
+    host = available("cpu") if config.device.startswith("cuda") else math.inf  # on a CPU the peak holds it already
     parts = estimate(hf_config, config, world_size=world_size)
+    if parts["host"] > host:
+        raise ValueError(f"got {config.model}, which needs about {parts['host'] / GIB:.1f} GiB of host memory, expected at most "
+                         f"the {host / GIB:.1f} GiB that each of {local_size()} processes has on this machine; start fewer "
+                         "processes, or leave out --offload-optimizer")
     if parts["peak"] <= limit:
         return
     smaller, peak = config, parts["peak"]
@@ -109,9 +116,9 @@ def check_fits(config, *, model="", world_size: int = 1) -> None:
             candidate = dataclasses.replace(smaller, **remedy)
         except ValueError:  # it does not go with --fsdp or --ref-every
             continue
-        candidate_peak = estimate(hf_config, candidate, world_size=world_size)["peak"]
-        if candidate_peak < peak and peak > limit:
-            smaller, peak = candidate, candidate_peak
+        needs = estimate(hf_config, candidate, world_size=world_size)
+        if needs["peak"] < peak and peak > limit and needs["host"] <= host:
+            smaller, peak = candidate, needs["peak"]
     changed = {name: value for name, value in dataclasses.asdict(smaller).items() if value != getattr(config, name)}
     flags = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                      for name, value in changed.items())

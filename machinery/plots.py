@@ -142,7 +142,7 @@ def plot_ladder(table: dict, out) -> Path:
 
     table is what r1.py collects: {"rows": {name: {"label", "pass@1", ..., "seeds": {column: values}}}}."""
     panels = (("pass@1", "pass@1"), ("language", "words in English"),
-              ("needless_thinking", "greetings thought over"), ("arithmetic", "direct arithmetic right"),
+              ("needless_thinking", "known greetings thought over"), ("arithmetic", "direct arithmetic right"),
               ("completion_tokens", "tokens a completion"))
     rows = list(table["rows"].values())[::-1]  # the first on top
     colours = ["tab:green" if "student" in row["label"] else "tab:blue" for row in rows]

@@ -57,8 +57,7 @@ class Task:
         the task has fewer."""
         return list(distinct_problems(self.name, self.seam, self.level, n, split, seed))
 
-    def examples(self, n: int, style: str, seed: int) -> list[tuple[str, str]]:
-        rng = random.Random(seed)
+    def examples(self, n: int, style: str, rng: random.Random) -> list[tuple[str, str]]:
         if hasattr(self.seam, "examples"):
             return self.seam.examples(rng, self.level, style, n)
         drawn = [self.seam.draw(rng, self.level, "train") for _ in range(n)]

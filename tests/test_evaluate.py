@@ -209,15 +209,17 @@ def test_greetings_and_arithmetic_are_asked_and_judged_by_the_rule(fake_sampler)
 def test_few_shot_prompts_hold_solved_train_puzzles(fake_sampler):
     calls = fake_sampler(lambda prompt, i: "")
     evaluate.evaluate(None, TOKENIZER, Config(n=3, shots=2))
-    shots = "".join(prompt + text + "\n\n" for prompt, text in corpus.examples(random.Random(0), "laptop", 2))
-    assert calls[0][0] == [shots + make_prompt(puzzle) for puzzle in sample_puzzles(3, split="test", seed=0)]
+    shots = ["".join(prompt + text + "\n\n" for prompt, text in corpus.examples(random.Random(f"0, {i}"), "laptop", 2))
+             for i in range(3)]
+    puzzles = sample_puzzles(3, split="test", seed=0)
+    assert calls[0][0] == [own + make_prompt(puzzle) for own, puzzle in zip(shots, puzzles)] and len(set(shots)) == 3
 
 
 @pytest.mark.parametrize("style, level", (
     ("tiny", "laptop"), ("tiny", "three"), ("base", "tinyzero"), ("chat", "laptop")))
 def test_few_shot_examples_are_right_well_formed_and_not_held_out(style, level):
     task, = find_tasks("countdown", level)
-    examples = corpus.examples(random.Random(3), level, 12) if style == "tiny" else task.examples(12, style, 3)
+    examples = corpus.examples(random.Random(3), level, 12) if style == "tiny" else task.examples(12, style, random.Random(3))
     for question, text in examples:
         *numbers, target = map(int, re.findall(r"\d+", question.split("(1+2)/3")[0].replace("each number exactly once", "")))
         assert split_of(Puzzle(tuple(numbers), target)) == "train"

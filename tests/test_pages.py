@@ -114,7 +114,7 @@ def test_the_figures_of_the_quickstart_are_those_of_its_committed_runs():
                     f"{share['pass@1_3_numbers']} | {share['pass@1_4_numbers']} | {table[f'{name}completion_tokens']:.0f} | "
                     f"{share['truncated']} | {end}".rstrip() in page), (seed, name)
         if seed == 0:
-            own, other = (read_jsonl(path / "metrics.jsonl") for path in (folder, folder.parent / "avx512-seed0"))
+            own, other = (read_jsonl(path / "metrics.jsonl") for path in (folder, ROOT / "docs" / "runs" / "quickstart"))
             for column in ("reward", "completion_tokens", "eval_pass@1", "tokens"):
                 assert [row.get(column) for row in own] == [row.get(column) for row in other]
             assert f"it took {other[-1]['minutes']:.1f}," in page
@@ -125,6 +125,17 @@ def test_the_figures_of_the_quickstart_are_those_of_its_committed_runs():
             before, after = (f"{row['eval_pass@1']:.1%}" for row in (rows[0], rows[-1]))
             assert f"from {before} to {after} (95% interval {rows[-1]['eval_pass@1_low']:.1%}" in (
                 ROOT / "README.md").read_text()
+
+
+def test_a_whole_run_folder_is_here_to_look_at():
+    """With the completions of its first and its last step, as its log has them, and small."""
+    folder = ROOT / "docs" / "runs" / "quickstart"
+    steps, written = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}, read_jsonl(folder / "rollouts.jsonl")
+    for step in (1, 12):
+        own = [row for row in written if row["step"] == step]
+        assert len(own) == 256 and sum(len(row["token_ids"]) for row in own) / 256 == pytest.approx(steps[step]["completion_tokens"])
+        assert sum(row["reward"] for row in own) / 256 == pytest.approx(steps[step]["reward"])
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2 * 2 ** 20 and len(written) == 512
 
 
 CARD = ("## What it is for, and what not", "## What it read", "## How to make it again", "## Figures")

@@ -82,6 +82,11 @@ def test_epochs_are_shuffled_by_their_seed_and_cut_by_tokens():
     sizes = [[len(p) + len(c) for p, c in (examples[i] for i in batch)] for batch in batches]
     assert all(sum(batch) >= 30 > sum(batch[:-1]) for batch in sizes[:-1])
     assert sft.epoch_batches(examples, 30, seed=1) == batches != sft.epoch_batches(examples, 30, seed=2)
+    two = batches + sft.epoch_batches(examples, 30, seed=2)
+    settings = dict(batch_tokens=30, seed=1)
+    assert sft.all_batches(examples, sft.Config(epochs=2, **settings)) == two
+    for steps in (1, len(batches), len(two)):  # with less or more than an epoch
+        assert sft.all_batches(examples, sft.Config(steps=steps, **settings)) == two[:steps]
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():

@@ -215,7 +215,7 @@ def test_a_line_written_twice_is_one_child_and_costs_twice(tokenizer):
     assert [child.prior for child in own.root.children] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-4)
     assert [child.total for child in own.root.children] == [0.4, 0.9, 0.0]  # a line that never ends is worth nothing
     assert own.spent == 2 * sum(len(line.token_ids) for line in lines) and own.nodes_by_depth == {1: 3}
-    assert own.choose() == {"best value": True, "vote": True, "found": True}
+    assert own.choose() == {"best value": True, "vote": True, "found": True, "tokens": own.spent}
     assert own.finished[0][3] == tree.START + "</think><answer>(4+5)*3</answer>"
 
 
@@ -234,7 +234,8 @@ def test_a_search_keeps_to_its_budget_and_says_what_it_had_by_then(base):
                                what="test")
     assert all(one.spent >= 2000 or one.next_leaf(1.0) is None for one in trees)
     assert table["stuck"] == sum(one.spent < 2000 for one in trees) / 3
-    assert table["found"][10] == [0.0] * 3 and set(table) == {"best value", "vote", "found", "stuck"}
+    assert table["found"][10] == [0.0] * 3 and set(table) == {"best value", "vote", "found", "tokens", "stuck"}
+    assert all(spent <= budget for budget, row in table["tokens"].items() for spent in row) and max(table["tokens"][2000]) > 10
     again, table_again = tree.search(model, tokenizer, value_of, puzzles, budgets=[10, 2000], width=2, explore=1.0,
                                      seed=0, what="test")
     assert table == table_again and [one.spent for one in trees] == [one.spent for one in again]
@@ -305,5 +306,8 @@ def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
 def test_arms_of_the_aha_study_differ_in_one_switch():
     for arm, flags in aha.ARMS.items():
         assert flags.count("--") == (arm != "full")
-        commands = [stage.flags for stage in aha.base_stages(aha.Config(), arm)]
-        assert commands[1][2:] == aha.base_stages(aha.Config(), "full")[1].flags[2:]
+        corpus_, base, rl = ([flag.replace(arm.replace(" ", "-"), "ARM") for flag in stage.flags]
+                             for stage in aha.arm_stages(aha.Config(), arm, 1))
+        full = [[flag.replace("full", "ARM") for flag in stage.flags] for stage in aha.arm_stages(aha.Config(), "full", 1)]
+        assert (base, rl) == tuple(full[1:]) and [flag for flag in corpus_ if flag not in flags.split()] == full[0]
+        assert full[0].count("1") == full[1].count("1") == full[2].count("1") == 1  # corpus, base and RL have the seed

@@ -60,8 +60,8 @@ def run(study_name, *flags):
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
-    run(name, "--quick", "--out", tmp_path / "out")
-    folder = tmp_path / "out-quick"
+    folder = tmp_path / "out"
+    run(name, "--quick", "--out", folder)
     results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
     words = f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
     assert (folder / f"{name}.png").stat().st_size > 20_000
@@ -81,7 +81,9 @@ def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_pa
 def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     study.write_json(tmp_path / "out" / "config.json", {"n": 3})
     refused(prm, "--out", tmp_path / "out", says=("other settings", "n", "another --out"))
-    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 2",))
+    (tmp_path / "three" / "seed2").mkdir(parents=True)
+    refused(prm, "--seeds", 2, "--out", tmp_path / "three", says=("got seeds 2", "seed2 too", "another --out"))
+    refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 3",))
     refused(prm, "--model", "models/none", "--out", tmp_path / "new", says=("models/none", "no such directory"))
     refused(prm, "--steps", 0, "--out", tmp_path / "new", says=("got steps 0", "more than 0"))
     refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))

@@ -108,6 +108,17 @@ def test_a_device_that_is_none_is_refused(device, says):
     check_device("cpu")
 
 
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    """CUDA graphs are captured on the current device, which would be cuda:0."""
+    chosen = []
+    monkeypatch.setattr(checkpoints, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises((RuntimeError, AssertionError)):  # there is no such GPU here
+        load(ROOT / "models" / "tiny-student", device="cuda:1")
+    load(ROOT / "models" / "tiny-student")
+    assert chosen == ["cuda:1"]
+
+
 @pytest.mark.parametrize("script", (train_countdown, sft, evaluate, rejection, preference),
                          ids=lambda script: script.__name__)
 def test_every_script_refuses_it_before_it_reads_a_model(script, refused, tmp_path):

@@ -158,14 +158,16 @@ def test_what_a_card_of_24_gb_trains():
 # ----------------------------------------------------------------------------------------------------------- what to do
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """machine(gib): a device with so much memory, and the shapes of Qwen2.5-1.5B without its weights."""
+    """machine(gib): a device with so much memory, and the shapes of Qwen2.5-1.5B without its weights. host: of the
+    machine that a GPU stands in."""
     QWEN_1_5B.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").touch()
 
-    def has(gib, **settings):
-        monkeypatch.setattr(memory, "available", lambda device: gib * GIB)
-        return Config(model=str(tmp_path / "model"), **settings)
+    def has(gib, host=1000, **settings):
+        config = Config(model=str(tmp_path / "model"), **settings)
+        monkeypatch.setattr(memory, "available", lambda device: (gib if device == config.device else host) * GIB)
+        return config
     return has
 
 
@@ -225,6 +227,23 @@ def test_no_advice_contradicts_the_flags_that_were_given(machine, settings):
     message = refusal(machine(3, device="cuda", **settings), world_size=2)
     assert "needs about" in message and "--lora-rank" not in message
     assert "--offload-optimizer" not in message or not settings.get("fsdp")
+
+
+def test_host_memory_is_held_to_the_machine(machine):
+    """AdamW of 1.54B parameters in host memory is 17.3 GiB: neither taken nor advised where the machine has less."""
+    message = refusal(machine(22, host=16, device="cuda", dtype="bfloat16", offload_optimizer=True))
+    assert re.search(r"needs about 17.3 GiB of host memory, expected at most the 16.0 GiB .*fewer processes", message)
+    check_fits(machine(22, host=18, device="cuda", dtype="bfloat16", offload_optimizer=True, activation_checkpointing=True,
+                       slots=128))
+    assert "--offload-optimizer" in refusal(machine(14, host=18, device="cuda"))
+    assert "--offload-optimizer" not in refusal(machine(14, host=16, device="cuda"))
+
+
+def test_processes_share_the_machine_but_not_their_gpus(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 100 * GIB)
+    alone = memory.available("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available("cpu") == alone / 4
 
 
 # -------------------------------------------------------------------------------------------------------- in the script

@@ -96,7 +96,7 @@ def test_a_prompt_is_the_question_in_the_template_of_its_style():
     for name in ("countdown", "arithmetic"):
         task, = find_tasks(name)
         problem = task.seam.draw(random.Random(0), task.level, "train")
-        examples = task.examples(1, "chat", 0)
+        examples = task.examples(1, "chat", random.Random(0))
         assert task.prompt(problem, "tiny") == task.seam.question(problem, "tiny")
         assert task.prompt(problem, "base").endswith("<think>")
         assert f"User: {task.seam.question(problem, 'base')}\n" in task.prompt(problem, "base")

@@ -79,7 +79,7 @@ def test_the_seam_draws_asks_and_knows_solutions(task):
     right = "```python\nprint(sum(map(int, input().split())))\n```"
     assert task.seam.score(script, right)[0] == {"accuracy": 1.0, "format": 0.0, "visible": 0.0}
     assert evaluate.votes_are_right(task, [script], ["```python\nprint(4)\n```", right, right], Judges()) == [True]
-    assert len(task.examples(2, "base", 0)) == 2
+    assert len(task.examples(2, "base", random.Random(0))) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
