@@ -306,8 +306,8 @@ def test_the_corpus_s_pages_are_the_prompts_of_the_few_shot_study(tokenizer):
 def test_arms_of_the_aha_study_differ_in_one_switch():
     for arm, flags in aha.ARMS.items():
         assert flags.count("--") == (arm != "full")
-        corpus_, base, rl = ([flag.replace(arm.replace(" ", "-"), "ARM") for flag in stage.flags]
-                             for stage in aha.arm_stages(aha.Config(), arm, 1))
-        full = [[flag.replace("full", "ARM") for flag in stage.flags] for stage in aha.arm_stages(aha.Config(), "full", 1)]
-        assert (base, rl) == tuple(full[1:]) and [flag for flag in corpus_ if flag not in flags.split()] == full[0]
-        assert full[0].count("1") == full[1].count("1") == full[2].count("1") == 1  # corpus, base and RL have the seed
+        own, full = (aha.arm_stages(aha.Config(), name, 1) for name in (arm, "full"))
+        assert [flag for flag in own[0].flags if flag not in flags.split()] == full[0].flags
+        for stage, other in zip(own[1:], full[1:]):  # the base, and RL
+            assert [flag.replace(arm.replace(" ", "-"), "full") for flag in stage.flags] == other.flags
+        assert all(stage.flags.count("1") == 1 for stage in full)  # the seed
