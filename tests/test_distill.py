@@ -192,8 +192,8 @@ def test_the_arms_differ_in_what_they_should():
     stages["distill-rl"] = Stage("distill-rl", stages["distill-rl"].command.replace(" --no-normalize-std", ""))
     flags = {name: dict(zip(stage.flags[::2], stage.flags[1::2])) for name, stage in stages.items()}
     assert flags["logits"] == flags["distill"] | {"--teacher": Config().teacher}
-    differ = {name for name in flags["student-rl"] if flags["student-rl"][name] != flags["distill-rl"][name]}
-    assert differ == {"--model", "--steps", "--learning-rate"}
+    differ = {name for name in flags["student-rl"] if flags["student-rl"][name] != flags["distill-rl"].get(name)}
+    assert differ == {"--model", "--steps", "--learning-rate", "--final-lr"}
     assert flags["student-rl"]["--model"] == "models/tiny-student" and flags["student-rl"]["--steps"] == "7"
     assert str(flags["distill-rl"]["--model"]) == "runs/distill/distill/checkpoint"
     evaluations = [flags[name] for name in flags if name.startswith("eval-")]
