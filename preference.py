@@ -12,7 +12,7 @@ model whose last layer is one number is all it is; the Bradley-Terry model (1952
 
 You see the share of held-out pairs that it orders right, for each flaw of the rejected reply. The checkpoint is a
 Hugging Face directory that AutoModelForSequenceClassification loads. What happens to a policy that trains on such a
-score for too long is in docs/r1.md: the score goes on rising when the replies no longer get better.
+score for too long is in docs/r1.md: the score does not see what is lost.
 
 Shapes: B replies, T tokens, D width.
 """

@@ -62,19 +62,19 @@ def t_interval(values: list[float]) -> tuple[float, float]:
 def interval(runs: list[Scores], resamples: int = RESAMPLES) -> Estimate:
     """95% interval of the mean over S seeds and N problems, by bootstrap (Efron 1979).
 
-    Every resample draws N problems with replacement, the same for all seeds that were asked the same ones, takes each
-    seed's mean m_s, and moves their mean by t * sd(m_s) / sqrt(S), t drawn from Student's t with S - 1 degrees of
-    freedom: three seeds are too few to be drawn from. With one seed it is the interval over problems alone."""
+    Every resample draws N problems with replacement, the same for all seeds that were asked the same ones, and moves the
+    mean over seeds by t * sd(m_s) / sqrt(S), m_s being the seeds' means on all problems and t drawn from Student's t with
+    S - 1 degrees of freedom: three seeds are too few to be drawn from. What chance a seed's samples have is in both, so
+    the interval is a little too wide rather than too narrow. With one seed it is the interval over problems alone."""
     rng, S, drawn = np.random.default_rng(0), len(runs), {}
     means = np.empty((resamples, S))
     for s, run in enumerate(runs):
         if run.problems not in drawn:
             drawn[run.problems] = rng.multinomial(len(run.values), [1 / len(run.values)] * len(run.values), resamples)
         means[:, s] = drawn[run.problems] @ np.array(run.values) / len(run.values)
-    centres = means.mean(axis=1)
+    seeds, centres = [float(np.mean(run.values)) for run in runs], means.mean(axis=1)
     if S > 1:
-        centres += rng.standard_t(S - 1, resamples) * means.std(axis=1, ddof=1) / math.sqrt(S)
-    seeds = [float(np.mean(run.values)) for run in runs]
+        centres += rng.standard_t(S - 1, resamples) * np.std(seeds, ddof=1) / math.sqrt(S)
     return Estimate(float(np.mean(seeds)), *map(float, np.percentile(centres, [2.5, 97.5])), seeds)
 
 
