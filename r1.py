@@ -53,7 +53,7 @@ class Config:
     sandbox: str = ""                # command that the answers of a task with tests run behind: docs/code.md
     style: str = "tiny"              # prompt template: tiny or chat
     zero_steps: int = 12             # RL steps of R1-Zero
-    longer_steps: int = 28           # of R1-Zero once more, for as much compute as the cold start with what it stands on
+    longer_steps: int = 28           # of R1-Zero once more, for no less compute than the cold start with what it stands on
     rl_steps: int = 12               # of each RL stage of R1
     general_steps: int = 6           # of the last RL stage's, with the prompts of --beside; DeepSeek-R1: 400 of 1,700
     hacking_steps: int = 24          # of the run that trains on the preference reward alone, for too long
@@ -199,7 +199,7 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
 ROWS = {  # evaluation -> (what the table calls it, the stages that made it, the row that these stand on)
     "base": ("base", (), ""),
     "zero": ("R1-Zero", ("zero",), ""),
-    "zero-longer": ("R1-Zero for as much compute as the cold start", ("zero-longer",), ""),
+    "zero-longer": ("R1-Zero for no less compute than the cold start", ("zero-longer",), ""),
     "zero-language": ("R1-Zero with the language reward", ("zero-language",), ""),
     "cold-start": ("cold start", ("cold-data", "cold-start"), "zero"),
     "rl": ("RL with the language reward", ("rl",), "cold-start"),

@@ -43,7 +43,7 @@ class Config:
     arm: str = ""                # only this arm, without the picture
     quick: bool = False          # a minute, to see that it runs
     model: str = "student"       # architecture of the bases: student (0.2M parameters) or tiny (0.8M)
-    documents: int = 60000       # that each base reads, once
+    documents: int = 40000       # that each base reads, once
     batch_tokens: int = 4096     # per pretraining step: few documents want small steps
     steps: int = 30              # of GRPO
     batch_size: int = 128        # completions a step, in groups of 16

@@ -13,6 +13,7 @@ import pytest
 import train_countdown
 from experiments.endings import ENDINGS
 from machinery.data import read_jsonl
+from machinery.flags import parse_config
 from machinery.statistics import difference, read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,3 +212,38 @@ def test_where_it_stops_and_what_stops_it_are_those_of_the_longest_run():
                         ("420 steps", "runs/zero-420/checkpoint")):
         for numbers, own in found[name]["endings"].items():
             assert f"| {label} | {numbers} | {' | '.join(f'{own[kind]:.1%}' for kind in ENDINGS)} |" in page
+
+
+def runs_of_the_pages() -> dict[str, dict]:
+    """docs/runs: name -> {step: its log's row}."""
+    return {folder.name: {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+            for folder in sorted((ROOT / "docs" / "runs").iterdir())}
+
+
+def test_the_runs_of_the_pages_have_the_commands_that_stand_there():
+    """python train_countdown.py ... --out runs/NAME, and docs/runs/NAME is what it made."""
+    found = {}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for flags, name in re.findall(r"python train_countdown.py([^`\n]*?) --out runs/([\w.-]+)", path.read_text()):
+            found.setdefault(name, set()).add(flags)
+    for name in runs_of_the_pages():
+        config = json.loads((ROOT / "docs" / "runs" / name / "config.json").read_text())
+        for flags in found[name]:
+            own = vars(parse_config(train_countdown.Config, "", [*shlex.split(flags), "--out", config["out"]]))
+            assert {**vars(train_countdown.Config()), **config} == own, name
+
+
+def test_tables_of_steps_are_those_of_their_logs():
+    """Below the run's --out or link, its steps: every cell is what its log says, to the digits that are shown."""
+    logs, run, columns, seen = runs_of_the_pages(), "", [], 0
+    for line in (ROOT / "docs" / "is-it-learning.md").read_text().splitlines():
+        named = re.findall(r"(?:--out |\]\()runs/([\w.-]+)", line)
+        run = named[-1] if named else run
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        columns = cells if cells[:1] == ["step"] else columns if cells else []
+        for column, cell in zip(columns, cells if cells[:1] != ["step"] and "---" not in line else ()):
+            value = logs[run][int(cells[0])].get({"tokens": "completion_tokens"}.get(column, column))
+            digits = len(cell.rstrip("%").partition(".")[2])
+            assert cell == ("" if value is None else f"{value:.{digits}%}" if "%" in cell else f"{value:.{digits}f}"), (run, line)
+            seen += 1
+    assert seen > 60
