@@ -247,3 +247,24 @@ def test_tables_of_steps_are_those_of_their_logs():
             assert cell == ("" if value is None else f"{value:.{digits}%}" if "%" in cell else f"{value:.{digits}f}"), (run, line)
             seen += 1
     assert seen > 60
+
+
+def test_the_figures_of_the_exercises_are_those_of_their_logs():
+    """Exercises 2 to 6 of the README, and the yardstick."""
+    readme, logs = (ROOT / "README.md").read_text(), runs_of_the_pages()
+
+    def shown(run: str, step: int, name: str) -> str:
+        value = logs[run][step][name]
+        return f"{value:.0f} tokens" if "tokens" in name else f"{value:.1%}"
+
+    end = {run: {name: shown(run, max(log), f"eval_{name}") for name in ("pass@1", "format", "completion_tokens")}
+           for run, log in logs.items() if run == "quickstart" or re.fullmatch(r"ex\d\w?", run)}
+    before = {run: {name: shown(run, 0, f"eval_{name}") for name in ("pass@1", "format")} for run in end}
+    for words in ("pass@1 {quickstart[pass@1]}, format {quickstart[format]}, {quickstart[completion_tokens]}",
+                  "{ex2[format]}, pass@1 is {ex2[pass@1]}:", "format {ex3[format]}, pass@1 {ex3[pass@1]}, {ex3[completion_tokens]}:",
+                  "and {ex6[pass@1]} after, and completions *shrink* to {ex6[completion_tokens]}",
+                  "it is {ex6b[completion_tokens]}, and {ex6b[pass@1]} |"):
+        assert words.format(**end) in readme
+    assert f"{before['ex2']['format']} to {end['ex2']['format']}" in readme and f"{before['ex6']['pass@1']} before" in readme
+    assert f"{shown('ex4', 1, 'accuracy')} right at step 1, {shown('ex4', 2, 'accuracy')} at step 2, none" in readme
+    assert all(row["accuracy"] == 0 for step, row in logs["ex4"].items() if step > 2) and logs["ex4"][4]["equal_groups"] == 1
