@@ -116,9 +116,9 @@ def student_stages(config: Config) -> list[Stage]:
         # RL alone: R1-Zero's settings, but for a rate that falls, as that of SFT does
         Stage("student-rl", f"python train_countdown.py --model {student} --steps {config.rl_steps} "
               f"--learning-rate {config.rl_learning_rate} --final-lr 0.1 {rl} --out {folder}/student-rl"),
-        # RL after distillation differs from RL alone in two settings besides where it starts: a lower learning rate
-        # and advantages that are not divided by their group's deviation (Dr. GRPO). A good policy's groups are nearly
-        # all right; divided by their small deviation, a rare slip would count for more than anything else
+        # RL after distillation differs from RL alone in what it starts from, its steps, a lower rate that does not fall,
+        # and advantages that are not divided by their group's deviation (Dr. GRPO): where groups are nearly all right, as
+        # on the earlier level, a rare slip would count for more than anything else
         Stage("distill-rl", f"python train_countdown.py --model {folder}/distill/checkpoint --steps {config.after_steps} "
               f"--learning-rate {config.after_learning_rate} --no-normalize-std {rl} --out {folder}/distill-rl")]
     models = {"student-base": student, **{name: f"{folder}/{name}/checkpoint" for name in

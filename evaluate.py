@@ -186,7 +186,8 @@ def evaluate(model, tokenizer, config: Config, judges: Judges | None = None) -> 
             return evaluate(model, tokenizer, config, own)
     task, = find_tasks(config.task, config.level, "", config.style, sandbox=config.sandbox)
     problems = task.problems(config.n, config.split, config.seed)
-    prompts = [task.prompt(problem, config.style, tokenizer, draw_examples(task, config, i)) for i, problem in enumerate(problems)]
+    prompts = [task.prompt(problem, config.style, tokenizer, draw_examples(task, config, i))
+               for i, problem in enumerate(problems)]
     settings = dict(style=config.style, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
                     slots=config.slots)
     check_numbers(tokenizer, prompts, config.style)

@@ -89,15 +89,16 @@ class Config:
             raise ValueError(f"got seed {self.seed} with seeds {self.seeds}, expected one below it")
         if self.pairs < 8:
             raise ValueError(f"got pairs {self.pairs}, expected at least 8: a quarter of them is kept out")
-        if min(self.seeds, self.zero_steps, self.longer_steps, self.rl_steps, self.hacking_steps, self.student_steps, self.after_steps,
-               self.puzzles, self.samples, self.rows, self.eval_n, self.eval_samples) < 1:
+        if min(self.seeds, self.zero_steps, self.longer_steps, self.rl_steps, self.hacking_steps, self.student_steps,
+               self.after_steps, self.puzzles, self.samples, self.rows, self.eval_n, self.eval_samples) < 1:
             raise ValueError("expected seeds, steps, puzzles, samples, rows and eval_n of at least 1")
         if not 0 < self.general_steps <= self.rl_steps:
             raise ValueError(f"got general_steps {self.general_steps}, expected 1 to rl_steps {self.rl_steps}")
 
 
-QUICK = dict(out="runs/r1-quick", level="three", zero_steps=5, longer_steps=12, rl_steps=5, general_steps=3, hacking_steps=16, student_steps=20,
-             after_steps=6, puzzles=1000, rows=500, pairs=2000, eval_n=128, rl_flags="--batch-size 128 --eval-every 1000")
+QUICK = dict(out="runs/r1-quick", level="three", zero_steps=5, longer_steps=12, rl_steps=5, general_steps=3,
+             hacking_steps=16, student_steps=20, after_steps=6, puzzles=1000, rows=500, pairs=2000, eval_n=128,
+             rl_flags="--batch-size 128 --eval-every 1000")
 
 
 def student_config(config: Config, seed: int) -> distill.Config:

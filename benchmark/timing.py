@@ -147,7 +147,8 @@ def time_continuous(hf_model, workload: Workload, device: str) -> tuple[int, flo
 
 
 def time_our_steps(config, directory: Path) -> list[float]:
-    """train_countdown.py as a user runs it, at one rate as TRL -> tokens per second of each step but the first, from its own log."""
+    """train_countdown.py as a user runs it, but for the warm-up -> tokens per second of each step but the first, from
+    its own log."""
     out = directory / f"ours-{time.time()}"
     flags = {"--model": config.model, "--out": out, "--steps": config.steps, "--eval-n": 8, "--warmup-steps": 1,
              "--group-size": config.group_size, "--batch-size": config.prompts * config.group_size,

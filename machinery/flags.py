@@ -25,8 +25,8 @@ def parse_config(config_class, doc: str, arguments: list[str] | None = None, *, 
     """A frozen dataclass -> its command line -> an instance. Defaults come from fields, help texts from their comments.
 
     presets adds --preset NAME: a named set of values, which flags override; quick are those of --quick. --resume RUN
-    takes all values from that run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2 on unknown flags and
-    wrong types, the dataclass's own __post_init__ raises ValueError on bad values."""
+    takes all values from that run's config.json; only changeable flags may stand beside it. argparse ends with exit code 2
+    on unknown flags and wrong types, the dataclass's own __post_init__ raises ValueError on bad values."""
     said.clear()
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), flags=re.MULTILINE))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,8 +10,8 @@ as "hello", for which no chain of thought is given. Section 2.3.4: reward models
 
 The tiny model's world is small enough to know every good reply, so is_good is a rule, the truth beside the reward
 model's opinion. Sums are split by hash, as puzzles are; the small talk of NEW is asked in no corpus and in no data of
-any stage (some of it stands there as a reply), while that of SMALL_TALK is known to all of them. For a real checkpoint bring prompts of your own
-(tasks/questions.py). No torch in here.
+any stage (some of it stands there as a reply), while that of SMALL_TALK is known to all of them. For a real checkpoint
+bring prompts of your own (tasks/questions.py). No torch in here.
 """
 
 import argparse
