@@ -86,7 +86,7 @@ class Config:
         return sorted({0.0, *map(float, self.delays.split(","))})  # 0: what the others are compared with
 
 
-QUICK = dict(seeds=1, delays="0,0.1", steps=4, batch_size=32, eval_every=2, n=8, samples=2, max_new_tokens=128)
+QUICK = dict(seeds=1, delays="0.01", steps=4, batch_size=32, eval_every=2, n=8, samples=2, max_new_tokens=48)
 
 
 # ------------------------------------------------------------------------------------------------------------- step times
