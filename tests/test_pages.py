@@ -229,6 +229,8 @@ def test_the_runs_of_the_pages_have_the_commands_that_stand_there():
     for name in runs_of_the_pages():
         config = json.loads((ROOT / "docs" / "runs" / name / "config.json").read_text())
         for flags in found[name]:
+            if config["task"].endswith((".py", ".jsonl")):  # the reader's own file, which is not here
+                flags, config["task"] = flags.replace(f"--task {config['task']}", ""), train_countdown.Config().task
             own = vars(parse_config(train_countdown.Config, "", [*shlex.split(flags), "--out", config["out"]]))
             assert {**vars(train_countdown.Config()), **config} == own, name
 
@@ -268,3 +270,20 @@ def test_the_figures_of_the_exercises_are_those_of_their_logs():
     assert f"{before['ex2']['format']} to {end['ex2']['format']}" in readme and f"{before['ex6']['pass@1']} before" in readme
     assert f"{shown('ex4', 1, 'accuracy')} right at step 1, {shown('ex4', 2, 'accuracy')} at step 2, none" in readme
     assert all(row["accuracy"] == 0 for step, row in logs["ex4"].items() if step > 2) and logs["ex4"][4]["equal_groups"] == 1
+
+
+def test_the_figures_of_fork_it_are_those_of_their_logs():
+    page, logs = (ROOT / "docs" / "fork-it.md").read_text(), runs_of_the_pages()
+
+    def shown(run: str, step: int, name: str = "pass@1", limits: bool = True) -> str:
+        own, low, high = (f"{logs[run][step].get(f'eval_{name}{end}', 0):.1%}" for end in ("", "_low", "_high"))
+        return f"{own} ({low} to {high}" if limits else own
+
+    for run in ("sums", "largest"):
+        last = max(logs[run])
+        assert (f"from {shown(run, 0, limits=False)} to {shown(run, last)}, n = {logs[run][last]['eval_n']}" in page
+                and f" in {60 * logs[run][last]['minutes']:.0f} seconds" in page)
+    assert f"from {shown('largest', 0, 'close', False)} to {shown('largest', 12, 'close', False)}" in page
+    for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):
+        cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 40)]
+        assert f"| {task} (n = {logs['two-tasks'][0][n]}) | {' | '.join(cells)} |" in page
