@@ -88,7 +88,8 @@ def arm_stages(config: Config, arm: str, seed: int) -> list[Stage]:
               f"--eval-rows {config.documents // 100} --seed {seed} --out {folder}/base"),
         Stage(f"{name}-rl", f"python train_countdown.py --model {folder}/base/checkpoint --level {LEVEL} --steps {config.steps} "
               f"--batch-size {config.batch_size} --eval-every {config.eval_every} --eval-n {config.eval_n} "
-              f"--max-new-tokens {config.max_new_tokens} --seed {seed} --rollouts sampled --out {folder}/rl"),
+              f"--max-new-tokens {config.max_new_tokens} --learning-rate 5e-4 --final-lr 0.1 --seed {seed} --rollouts sampled "
+              f"--out {folder}/rl"),
     ]
 
 

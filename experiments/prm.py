@@ -56,6 +56,7 @@ class Config:
     train_samples: int = 4           # completions of each
     epochs: int = 2                  # passes over them
     learning_rate: float = 1e-3      # AdamW peak of the scorer, falling linearly to zero
+    rl_learning_rate: float = 5e-4   # of GRPO, falling to a tenth; 7e-4 all along teaches this size nothing
     n: int = 200                     # test puzzles a seed; seeds take different ones
     samples: int = 64                # completions of each: best of 1 to this many
     steps: int = 40                  # of GRPO
@@ -114,9 +115,9 @@ def rerank(traces: list[Trace], scores: list[list[float]], samples: int) -> dict
 
 def rl_config(config: Config, folder: Path, arm: str, seed: int) -> train_countdown.Config:
     return train_countdown.Config(
-        model=config.model, steps=config.steps, batch_size=config.batch_size, eval_every=max(1, config.steps // 8),
-        eval_n=config.eval_n, max_new_tokens=config.max_new_tokens, seed=seed, rollouts="sampled",
-        out=str(folder / ("rl-" + re.sub(r"[^a-zA-Z]+", "-", arm))))
+        model=config.model, steps=config.steps, batch_size=config.batch_size, learning_rate=config.rl_learning_rate, final_lr=0.1,
+        eval_every=max(1, config.steps // 8), eval_n=config.eval_n, max_new_tokens=config.max_new_tokens, seed=seed,
+        rollouts="sampled", out=str(folder / ("rl-" + re.sub(r"[^a-zA-Z]+", "-", arm))))
 
 
 def resumed(settings: train_countdown.Config) -> train_countdown.Config:
