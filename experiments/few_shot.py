@@ -127,25 +127,23 @@ def table(record: dict) -> str:
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
                                f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
                                f"{text(entries[str(shots)]['wrong_numbers'])}" for shots in SHOTS])
-    return markdown(["pass@1 with", *(f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS)], rows)
+    pairs = [[label, *(f"{points(pair)}: {pair['verdict']}" for pair in
+                       (record["models"][name][str(shots)]["minus none"] for shots in SHOTS[1:]))] for name, label in MODELS.items()]
+    names = [f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS]
+    return f"{markdown(['pass@1 with', *names], rows)}\n\n{markdown(['minus none, paired', *names[1:]], pairs)}"
 
 
 def verdict(record: dict) -> str:
     rows, most = record["models"], str(SHOTS[-1])
 
     def line(name: str) -> str:
-        zero, one, many = (rows[name][shots]["pass@1"] for shots in ("0", "1", most))
         first, last = (rows[name][shots]["minus none"] for shots in ("1", most))
-        return (f"{MODELS[name]} solves {text(zero)} without an example, {text(one, seeds=True)} with one "
-                f"({compared(first)} without: {points(first)}) and {text(many, seeds=True)} with {most} "
-                f"({compared(last)} without: {points(last)})")
+        return f"{MODELS[name]} is {compared(first)} none ({points(first)}), with {most} {compared(last)} that ({points(last)})"
 
     zero, many = rows["base"]["0"], rows["base"][most]
-    wrong = {name: [text(rows[name][shots]["wrong_numbers"]) for shots in ("0", most)] for name in ("base", "zero")}
-    return (f"The {line('base')}; {line('zero')}; {line('rl-all')}. The base copies what the examples, all English, "
-            f"look like, its words are {text(zero['language'])} English without them and {text(many['language'])} with "
-            f"{most}, but it takes the wrong numbers more often, in {wrong['base'][0]} and {wrong['base'][1]} of its "
-            f"completions, and R1-Zero in {wrong['zero'][0]} and {wrong['zero'][1]}.")
+    return (f"With one example the {line('base')}; {line('zero')}; {line('rl-all')}. Of the base's words {text(zero['language'])} are English without an "
+            f"example and {text(many['language'])} behind {most}, all English; its answers with wrong numbers go from "
+            f"{text(zero['wrong_numbers'])} to {text(many['wrong_numbers'])}.")
 
 
 def main() -> None:

@@ -345,33 +345,25 @@ def table(record: dict) -> str:
                                f"{record['nodes_by_depth'][depth - 1]:.1f}" if level == "lines" else ""])
     beginnings = markdown(["after", f"different beginnings among {record['config']['samples']} completions",
                            "branching: times those of one less", "nodes of the MCTS tree"], beginnings)
-    return f"{solved}\n\n{searches}\n\n{beginnings}"
+    values = [[f"trained on {name}", *(text(own["before the answer"][column]) for column in ("accuracy", "majority_class")),
+               f"{own['before the answer']['calibration_error']['mean']:.3f}"]
+              for name, own in zip(("rollouts", "shuffled returns"), record["value_models"].values())]
+    values = markdown(["value model", "right about unfinished searches", "always the more frequent outcome", "calibration error"], values)
+    taught = [[label, text(own["pass@1"]), " ".join(f"{seed:.1%}" for seed in own["pass@1"]["seeds"]), text(own["pass@1_3_numbers"]),
+               text(own["pass@1_4_numbers"]), *(f"{own[column]['mean']:.0f}" if column in own else "" for column in ("puzzles", "rows"))]
+              for label, own in zip(("none", "plain samples", "MCTS"), record["training"].values())]
+    taught = markdown(["SFT on what was solved by", "test pass@1", "of the seeds", "3 numbers", "4 numbers", "puzzles solved", "rows"], taught)
+    return f"{solved}\n\n{searches}\n\n{values}\n\n{taught}\n\n{beginnings}"
 
 
 def verdict(record: dict) -> str:
-    voted, searched, training = record["plain"]["majority"], record["mcts"]["best value"], record["training"]
-    widths, shuffled = record["widths"], record["values"]["shuffled"]
-    values, usual = record["value_models"]["value"]["before the answer"], widths[str(record["config"]["width"])]
-    few, many, last = list(voted)[min(4, len(usual["found"]) - 1)], list(voted)[-1], list(usual["found"])[-1]
-    narrow, wide = min(widths, key=int), max(widths, key=int)
-    by_width = [entry["best value"][few]["mean"] for entry in widths.values()]
-    sampled, solved, usual_best = training["plain"]["pass@1"], training["mcts"]["pass@1"], usual["best value"][last]
-    pairs, taught = record["mcts - majority"], record["SFT on searched - on sampled"]
-    out = {width: f"{1 - widths[width]['found'][last]['mean']:.1%}" for width in (narrow, wide)}
-    return (
-        f"With the tokens of {few} completions MCTS solves {text(searched[few])}, "
-        f"{compared(pairs[few])} the majority of plain samples ({text(voted[few])}; {points(pairs[few])}), and "
-        f"{min(by_width):.1%} to {max(by_width):.1%} with limits of {narrow} to {wide} lines a node; with those of "
-        f"{many}, before which {text(record['mcts']['stuck'])} of the trees are stuck, it is {text(searched[many])}, "
-        f"{compared(pairs[many])} {text(voted[many])} ({points(pairs[many])}). "
-        f"Of the paper's reasons, a limit of {narrow} lines leaves the solution out of {out[narrow]} of the trees after "
-        f"{last} completions and one of {wide}, since breadth costs, out of {out[wide]}; the value model is right about "
-        f"{text(values['accuracy'])} of unfinished searches (always the more frequent outcome: "
-        f"{text(values['majority_class'])}), and one of shuffled returns has the solution in "
-        f"{text(shuffled['found'][last], False)} of its trees but chooses it in "
-        f"{text(shuffled['best value'][last], False)}, not {text(usual_best, False)}; and SFT on what the search solved "
-        f"gives {text(solved)}, {compared(taught)} on plain samples for the same tokens ({text(sampled)}; "
-        f"{points(taught)}).")
+    voted, searched, pairs = record["plain"]["majority"], record["mcts"]["best value"], record["mcts - majority"]
+    few, many = list(voted)[min(4, len(voted) - 1)], list(voted)[-1]
+    taught, stuck = record["SFT on searched - on sampled"], record["mcts"]["stuck"]
+    return (f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(pairs[few])} the majority of plain samples, "
+            f"{text(voted[few])} ({points(pairs[few])}); with those of {many}, before which {text(stuck)} of the trees are stuck, "
+            f"{text(searched[many])}, {compared(pairs[many])} {text(voted[many])} ({points(pairs[many])}). SFT on what the search solved is "
+            f"{compared(taught)} SFT on what plain samples of as many tokens solved ({points(taught)}).")
 
 
 def main() -> None:

@@ -281,7 +281,7 @@ def table(record: dict) -> str:
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
         rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'], seeds=True)}",
-                     points(entry["after - outcome"]),
+                     f"{points(entry['after - outcome'])}: {entry['after - outcome']['verdict']}" if arm != "outcome" else "",
                      text(entry["3_numbers"]), text(entry["4_numbers"]),
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",
@@ -300,20 +300,16 @@ def verdict(record: dict) -> str:
     pair = record["PRM of N / 2 - majority of N"][most]
     judge = {"worse": "loses to voting", "not told apart": "is not told apart from voting",
              "better": "beats voting"}[pair["verdict"]]
-    alone, both, outcome = arms["PRM alone, paid per line"], arms["outcome + PRM"], arms["outcome"]
-    before, after = alone["first_step"]["prm_sum"]["mean"], alone["last_5_steps"]["prm_sum"]["mean"]
-    hacked = after > before and alone["after - before"]["verdict"] == "worse"
-    beside = both["after - outcome"]
-    saved = outcome["tflops"]["mean"] / both["tflops"]["mean"]
+    beside, outcome = arms["outcome + PRM"]["after - outcome"], arms["outcome"]
+    alone = [f"{compared(arms[arm]['after - before'])} before ({points(arms[arm]['after - before'])}), its probability of a line "
+             f"goes {arms[arm]['first_step']['prm_score']['mean']:.2f} to {arms[arm]['last_5_steps']['prm_score']['mean']:.2f} and its sum "
+             f"over a completion {arms[arm]['first_step']['prm_sum']['mean']:.2f} to {arms[arm]['last_5_steps']['prm_sum']['mean']:.2f}"
+             for arm in ("PRM alone", "PRM alone, paid per line")]
     return (
-        f"As a judge it {judge}: right about {text(clean['line']['accuracy'])} of the lines on test puzzles, with the "
-        f"best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, {text(voted)} "
-        f"({points(pair)}). "
-        f"As a reward it is {'hacked' if hacked else 'not hacked'} when alone and paid per line, its sum over a "
-        f"completion's lines going {before:.2f} to {after:.2f} while test pass@1 goes "
-        f"{text(alone['before'], False)} to {text(alone['after'], seeds=True)}. Beside the outcome reward it is "
-        f"{compared(beside)} none: {text(both['after'])} against {text(outcome['after'])} for {saved:.0%} of the compute "
-        f"({points(beside)}).")
+        f"As a judge it {judge}: with the best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, "
+        f"{text(voted)} ({points(pair)}). As the only reward, normalised, it leaves a policy {alone[0]}; paid per line, one {alone[1]}. Beside the "
+        f"outcome reward it is {compared(beside)} none ({points(beside)}), for "
+        f"{arms['outcome + PRM']['tflops']['mean'] / outcome['tflops']['mean']:.1f} times the compute.")
 
 
 def main() -> None:
