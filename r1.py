@@ -153,8 +153,8 @@ def all_stages(config: Config, seed: int) -> list[Stage]:
         evaluation("base", base),
         Stage("zero", f"python train_countdown.py {from_base(config.zero_steps)} --out {folder}/zero"),
         evaluation("zero"),
-        #    and what more of the same gives, for the compute of the next two stages
-        Stage("zero-longer", f"python train_countdown.py {from_base(config.longer_steps)} --out {folder}/zero-longer"),
+        #    and what more of the same gives, for the compute of the next two stages, with a rate that falls as their SFT's does
+        Stage("zero-longer", f"python train_countdown.py {from_base(config.longer_steps)} --final-lr 0.1 --out {folder}/zero-longer"),
         evaluation("zero-longer"),
         #    and once more with the language reward: what it removes, and what it costs
         Stage("zero-language", f"python train_countdown.py {from_base(config.zero_steps)} {language} --out {folder}/zero-language"),
