@@ -285,5 +285,5 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
                 and f" in {60 * logs[run][last]['minutes']:.0f} seconds" in page)
     assert f"from {shown('largest', 0, 'close', False)} to {shown('largest', 12, 'close', False)}" in page
     for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):
-        cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 40)]
+        cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 20, 30, 40)]
         assert f"| {task} (n = {logs['two-tasks'][0][n]}) | {' | '.join(cells)} |" in page
