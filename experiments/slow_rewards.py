@@ -246,7 +246,7 @@ def draw(record: dict, path) -> None:
             axis.fill_between(x, list(map(min, shares)), list(map(max, shares)), color=colour, alpha=0.12)
         axis.plot([minutes["e"]], [record["arms"]["offline"]["pass@1"]["mean"]], "*", color="C4", markersize=10, label="e (test puzzles)")
         axis.set_title(f"validation pass@1, verdicts sleep {delay} s", fontsize=10)
-        share_axis(axis, "minutes, computed", log=False)
+        share_axis(axis, "minutes, computed from steps 2 and 3", log=False)
         axis.set_xscale("log")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
@@ -272,7 +272,7 @@ def table(record: dict) -> str:
     return "\n\n".join((
         markdown(["verdicts", "seconds each", *(f"{way}: {label}" for way, label in WAYS.items()), "c / b", "d / c", "cores in use, c"], rows),
         markdown(["training", "test pass@1", "of the seeds", "minus fresh, paired", "tokens", "clipped", "KL to the sampler"], arms),
-        markdown([f"minutes for {record['config']['steps']} steps", *WAYS, "e"], wall)))
+        markdown([f"minutes for {record['config']['steps']} steps as short as those", *WAYS, "e"], wall)))
 
 
 def verdict(record: dict) -> str:
