@@ -104,3 +104,13 @@ def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_
     assert results["command"] == f"python -m experiments.{name}"
     assert (folder / f"{name}.png").stat().st_size > 20_000
     assert not results["config"]["quick"] and 2 <= results["config"]["seeds"] <= study_.Config().seeds
+
+
+def test_the_claims_at_the_top_of_the_page_are_those_of_the_json():
+    page = (ROOT / "docs" / "studies.md").read_text()
+    record = json.loads((ROOT / "experiments" / "results" / "prm.json").read_text())
+    arms = record["arms"]
+    pairs = [list(record["PRM of N / 2 - majority of N"].values())[-1],
+             *(arms[arm]["after - before"] for arm in ("PRM alone", "PRM alone, paid per line")),
+             *(arms[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line"))]
+    assert all(f" | {study.points(pair)} | {pair['verdict']} |" in page for pair in pairs)
