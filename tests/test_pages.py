@@ -287,3 +287,14 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
     for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):
         cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 20, 30, 40)]
         assert f"| {task} (n = {logs['two-tasks'][0][n]}) | {' | '.join(cells)} |" in page
+
+
+def test_the_votes_and_the_temperature_of_the_pages_are_those_of_their_evaluations():
+    folder, readme, page = ROOT / "docs" / "quickstart" / "votes", (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+    base, cool, zero = (json.loads((folder / f"{name}.json").read_text()) for name in ("base", "base-0.6", "r1-zero-0.6"))
+    assert all(table["settings"]["split"] == "test" and table["n"] == 512 for table in (base, cool, zero))
+    assert f"{base['pass@1']:.1%} are right and the majority solves {base['maj@16']:.1%}; at 0.6 it is {cool['pass@1']:.1%} and {cool['maj@16']:.1%}" in readme
+    assert f"the base solves {cool['pass@1']:.1%} of test puzzles, R1-Zero {zero['pass@1']:.1%}" in readme
+    for a, b in ((folder / "r1-zero-0.6.json", folder / "base-0.6.json"), (ROOT / "docs/r1/seed0/eval-zero.json", folder / "base.json")):
+        gain = difference([read_scores(a)], [read_scores(b)])
+        assert f"{100 * gain.mean:+.1f} {'points ' * (a.parent == folder)}({100 * gain.low:+.1f} to {100 * gain.high:+.1f})" in page
