@@ -113,4 +113,6 @@ def test_the_claims_at_the_top_of_the_page_are_those_of_the_json():
     pairs = [list(record["PRM of N / 2 - majority of N"].values())[-1],
              *(arms[arm]["after - before"] for arm in ("PRM alone", "PRM alone, paid per line")),
              *(arms[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line"))]
+    record = json.loads((ROOT / "experiments" / "results" / "mcts.json").read_text())
+    pairs += [record["mcts - majority"]["16"], record["mcts - majority"]["256"], record["SFT on searched - on sampled"]]
     assert all(f" | {study.points(pair)} | {pair['verdict']} |" in page for pair in pairs)
