@@ -74,10 +74,10 @@ def measure(checkpoint, puzzles: list[Puzzle], *, samples: int = 4, max_new_toke
                         for numbers, own in sorted(counts.items())}}
 
 
-def table(found: dict[str, dict]) -> str:
+def table(found: dict[str, dict], what: str = "checkpoint") -> str:
     rows = [[checkpoint, numbers, *(f"{shares[kind]:.1%}" for kind in (*ENDINGS, "in circles"))]
             for checkpoint, own in found.items() for numbers, shares in own["endings"].items()]
-    return markdown(["checkpoint, seed 0", "numbers", *ENDINGS, "of it in circles"], rows)
+    return markdown([what, "numbers", *ENDINGS, "of it in circles"], rows)
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def table(record: dict) -> str:
     found = {"base": {"endings": record["base"]}} | record["arms"]
     return (markdown(["arm", "validation pass@1", "test pass@1", "of the seeds", "minus default, paired",
                       "sampled tokens, millions", "entropy at the end, at its own temperature"], rows)
-            + "\n\n" + endings.table(found))
+            + "\n\n" + endings.table(found, "checkpoint, seed 0"))
 
 
 def verdict(record: dict) -> str:
