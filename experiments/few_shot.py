@@ -128,7 +128,8 @@ def table(record: dict) -> str:
                                f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
                                f"{text(entries[str(shots)]['wrong_numbers'])}" for shots in SHOTS])
     pairs = [[label, *(f"{points(pair)}: {pair['verdict']}" for pair in
-                       (record["models"][name][str(shots)]["minus none"] for shots in SHOTS[1:]))] for name, label in MODELS.items()]
+                       (record["models"][name][str(shots)]["minus none"] for shots in SHOTS[1:]))]
+             for name, label in MODELS.items()]
     names = [f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS]
     return f"{markdown(['pass@1 with', *names], rows)}\n\n{markdown(['minus none, paired', *names[1:]], pairs)}"
 
@@ -141,9 +142,10 @@ def verdict(record: dict) -> str:
         return f"{MODELS[name]} is {compared(first)} none ({points(first)}), with {most} {compared(last)} that ({points(last)})"
 
     zero, many = rows["base"]["0"], rows["base"][most]
-    return (f"With one example the {line('base')}; {line('zero')}; {line('rl-all')}. Of the base's words {text(zero['language'])} are English without an "
-            f"example and {text(many['language'])} behind {most}, all English; its answers with wrong numbers go from "
-            f"{text(zero['wrong_numbers'])} to {text(many['wrong_numbers'])}.")
+    return (f"With one example the {line('base')}; {line('zero')}; {line('rl-all')}. Of the base's words "
+            f"{text(zero['language'])} are English without an example and {text(many['language'])} behind {most}, all "
+            f"English; its answers with wrong numbers go from {text(zero['wrong_numbers'])} to "
+            f"{text(many['wrong_numbers'])}.")
 
 
 def main() -> None:

@@ -107,7 +107,8 @@ def collect(config: Config) -> dict:
 
 def draw(record: dict, path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
-    panels = (("eval_pass@1", "validation pass@1"), ("eval_pass@1_4_numbers", "four numbers"), ("entropy", "entropy (nats, at the arm's temperature)"))
+    panels = (("eval_pass@1", "validation pass@1"), ("eval_pass@1_4_numbers", "four numbers"),
+              ("entropy", "entropy (nats, at the arm's temperature)"))
     for axis, (column, title) in zip(axes, panels):
         for i, (name, arm) in enumerate(record["arms"].items()):
             for seed, rows in enumerate(arm["curves"]):

@@ -307,8 +307,8 @@ def verdict(record: dict) -> str:
              for arm in ("PRM alone", "PRM alone, paid per line")]
     return (
         f"As a judge it {judge}: with the best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, "
-        f"{text(voted)} ({points(pair)}). As the only reward, normalised, it leaves a policy {alone[0]}; paid per line, one {alone[1]}. Beside the "
-        f"outcome reward it is {compared(beside)} none ({points(beside)}), for "
+        f"{text(voted)} ({points(pair)}). As the only reward, normalised, it leaves a policy {alone[0]}; paid per line, one "
+        f"{alone[1]}. Beside the outcome reward it is {compared(beside)} none ({points(beside)}), for "
         f"{arms['outcome + PRM']['tflops']['mean'] / outcome['tflops']['mean']:.1f} times the compute.")
 
 

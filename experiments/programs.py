@@ -166,7 +166,8 @@ def verdict(record: dict) -> str:
     for level in LEVELS:
         own = arms[f"{level}-visible"]
         words.append(f"With {level} examples shown and only those paid, {text(own['visible'])} pass what is visible and "
-                     f"{text(own['right'])} are right, a gap of {points(own['gap'])} (paid by all tests: {points(arms[f'{level}-all']['gap'])}); what is right is "
+                     f"{text(own['right'])} are right, a gap of {points(own['gap'])} (paid by all tests: "
+                     f"{points(arms[f'{level}-all']['gap'])}); what is right is "
                      f"{compared(differences[f'{level}: visible minus all'])} being paid by all tests "
                      f"({points(differences[f'{level}: visible minus all'])}).")
     return " ".join(words)
