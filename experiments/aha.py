@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
-from experiments.study import (average, begin, compared, finish, markdown, measured, paired, piece, points, run_stages,
-                               seed_folder, seeds_to_run, text)
+from experiments.study import (average, begin, compared, finish, judged, markdown, measured, paired, piece, points,
+                               run_stages, seed_folder, seeds_to_run, text)
 from machinery import plots
 from machinery.checkpoints import load
 from machinery.plots import plot_lines, read_metrics
@@ -140,7 +140,7 @@ def table(record: dict) -> str:
                ("completion_tokens", ".0f"), *((name, ".2f") for name in BEHAVIOURS), ("found", ".1%"),
                ("right_when_found", ".1%"))
     rows = [[name, f"{text(arm['base']['pass@1'])} -> {text(arm['rl']['pass@1'])}", points(arm["rl - base"]),
-             f"{points(arm['minus full'])}: {arm['minus full']['verdict']}" if name != "full" else "",
+             judged(arm["minus full"]) if name != "full" else "",
              *(change(arm, column, form) for column, form in columns)] for name, arm in record["arms"].items()]
     names = [column.replace("completion_", "").replace("_", " ") for column, _ in columns]
     return markdown(["base", "pass@1", "by RL", "after RL, minus full", *names], rows)

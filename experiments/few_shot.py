@@ -21,8 +21,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import r1
-from experiments.study import (average, begin, compared, finish, markdown, measured, paired, points, run_stages,
-                               seed_folder, seeds_to_run, share_axis, text)
+from experiments.study import (average, begin, compared, finish, judged, markdown, measured, paired, points,
+                               run_stages, seed_folder, seeds_to_run, share_axis, text)
 from machinery.plots import write_figure
 from machinery.stages import Stage
 from machinery.statistics import scores_of
@@ -127,8 +127,7 @@ def table(record: dict) -> str:
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
                                f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
                                f"{text(entries[str(shots)]['wrong_numbers'])}" for shots in SHOTS])
-    pairs = [[label, *(f"{points(pair)}: {pair['verdict']}" for pair in
-                       (record["models"][name][str(shots)]["minus none"] for shots in SHOTS[1:]))]
+    pairs = [[label, *(judged(record["models"][name][str(shots)]["minus none"]) for shots in SHOTS[1:])]
              for name, label in MODELS.items()]
     names = [f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS]
     return f"{markdown(['pass@1 with', *names], rows)}\n\n{markdown(['minus none, paired', *names[1:]], pairs)}"

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from countdown import answer_value, key, sample_puzzles
 from experiments.scorer import choose_from_n, powers_of_two, vote
-from experiments.study import (begin, finish, has_pieces, markdown, measured, paired, piece, points,
+from experiments.study import (begin, finish, has_pieces, judged, markdown, measured, paired, piece, points,
                                run_stages, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
@@ -163,9 +163,8 @@ def table(record: dict) -> str:
             seeds = "one checkpoint" if arm == "base" else " ".join(f"{seed:.1%}" for seed in own["pass@1"]["seeds"])
             rows.append([ARMS[arm], LEVELS[level], text(own["pass@1"]), seeds, text(own["votes"][str(most)]),
                          f"{own['tokens']:.0f}"])
-    pairs = [[" ".join(ARMS.get(word, "minus") for word in pair.split()), *(
-        f"{points(own[level])}: {own[level]['verdict']}" for level in LEVELS)]
-        for pair, own in record["differences"].items()]
+    pairs = [[" ".join(ARMS.get(word, "minus") for word in pair.split()), *(judged(own[level]) for level in LEVELS)]
+             for pair, own in record["differences"].items()]
     return (markdown(["model", "test puzzles", "pass@1", "of the seeds", f"maj@{most}", "tokens"], rows) + "\n\n"
             + markdown(["paired difference", *LEVELS.values()], pairs))
 

@@ -35,8 +35,8 @@ from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
 from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, reliability, runs_of,
                                 test_puzzles, train_scorer, vote)
-from experiments.study import (average, begin, compared, draw_shares, finish, markdown, measured, paired, piece, points,
-                               sample_groups, seed_folder, seeds_to_run, share_axis, text)
+from experiments.study import (average, begin, compared, draw_shares, finish, judged, markdown, measured, paired, piece,
+                               points, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from machinery.plots import write_figure
@@ -281,7 +281,7 @@ def table(record: dict) -> str:
     for arm, entry in record["arms"].items():
         last = entry["last_5_steps"]
         rows.append([arm, f"{text(entry['before'], False)} -> {text(entry['after'], seeds=True)}",
-                     f"{points(entry['after - outcome'])}: {entry['after - outcome']['verdict']}" if arm != "outcome" else "",
+                     judged(entry["after - outcome"]) if arm != "outcome" else "",
                      text(entry["3_numbers"]), text(entry["4_numbers"]),
                      f"{entry['first_step']['prm_score']['mean']:.2f} -> {last['prm_score']['mean']:.2f}",
                      f"{entry['first_step']['prm_sum']['mean']:.2f} -> {last['prm_sum']['mean']:.2f}",

@@ -32,8 +32,8 @@ import matplotlib.pyplot as plt
 import evaluate
 import train_countdown
 from evaluate import mean
-from experiments.study import (average, begin, finish, has_pieces, markdown, measured, paired, piece, points, run_stages,
-                               seed_folder, seeds_to_run, share_axis, text)
+from experiments.study import (average, begin, finish, has_pieces, judged, markdown, measured, paired, piece, points,
+                               run_stages, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
 from machinery.data import read_jsonl
 from machinery.plots import write_figure
@@ -264,7 +264,7 @@ def table(record: dict) -> str:
     arms = []
     for name, arm in record["arms"].items():
         arms.append([name.replace("-", " "), text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
-                     "" if name == "fresh" else f"{points(arm['minus fresh'])}: {arm['minus fresh']['verdict']}",
+                     "" if name == "fresh" else judged(arm["minus fresh"]),
                      f"{arm['tokens']['mean']:.0f}", *(f"{arm[column]:.4f}" if column in arm else "" for column in ("clip_frac", "k1_kl_old"))])
     delays = list(record["step seconds"]["sleep"])
     wall = [[f"{kind}, {delay} s", *(f"{minutes:.1f}" for minutes in minutes_of(record, kind, delay).values())]

@@ -174,6 +174,10 @@ def points(pair: dict) -> str:
     return f"{100 * pair['mean']:+.1f} points, {100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
 
 
+def judged(pair: dict) -> str:
+    return f"{points(pair)}: {pair['verdict']}"
+
+
 def compared(pair: dict) -> str:
     """A paired difference, to stand before what it is compared with."""
     return {"better": "better than", "worse": "worse than", "not told apart": "not told apart from"}[pair["verdict"]]
