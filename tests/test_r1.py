@@ -324,10 +324,15 @@ def in_points(own) -> str:
 
 
 def test_the_page_s_figures_of_one_column_are_over_seeds():
-    """Of sums, greetings and programs, which have no score a problem: Student's interval of the seeds' differences."""
-    rows, page = json.loads((ROOT / "docs" / "r1" / "table.json").read_text())["rows"], (ROOT / "docs" / "r1.md").read_text()
-    for a, b, column in (("zero", "base", "greetings"), ("zero", "base", "arithmetic"), ("zero", "base", "on-code"),
-                         ("hacking", "rl-all", "arithmetic")):
+    """Of sums, which have no score a problem: Student's interval of the seeds' differences. Programs have one."""
+    folder, page = ROOT / "docs" / "r1", (ROOT / "docs" / "r1.md").read_text()
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    own = statistics.difference(*([statistics.read_scores(folder / f"seed{seed}" / f"eval-{name}-on-code.json")
+                                   for seed in range(3)] for name in ("zero", "base")))
+    assert f"{in_points(own)}, {own.verdict()}" in page
+    greetings = [sum(rows[name]["seeds"]["greetings"]) / 3 for name in ("base", "zero")]
+    assert f"{100 * (greetings[0] - greetings[1]):.1f} points lower on known greetings" in page
+    for a, b, column in (("zero", "base", "arithmetic"), ("hacking", "rl-all", "arithmetic")):
         moved = [x - y for x, y in zip(rows[a]["seeds"][column], rows[b]["seeds"][column])]
         own = statistics.Estimate(sum(moved) / 3, *statistics.t_interval(moved), moved)
         assert f"{in_points(own)}, {own.verdict()}" in page, (a, b, column)
@@ -345,6 +350,13 @@ def test_the_page_s_table_of_the_preference_reward_is_of_the_committed_logs():
         assert all(f"{logs['preference'][-1][name]:.1%}" in page for name in ("eval_all", "eval_wrong"))
 
 
+def test_rl_after_distillation_on_validation_puzzles_is_that_of_the_committed_logs():
+    ends = [[row["eval_pass@1"] for row in read_jsonl(ROOT / "docs" / "r1" / f"seed{seed}" / "distill-rl" / "metrics.jsonl")
+             if "eval_pass@1" in row] for seed in range(3)]
+    assert ("less on seed 0 ({} to {}) and more on the others ({} to {}, {} to {})".format(
+        *(f"{own[i]:.1%}" for own in ends for i in (0, -1)))) in (ROOT / "docs" / "r1.md").read_text()
+
+
 def test_the_page_s_llama_students_are_the_committed_ones():
     """docs/r1/llama: each arm's share and seeds, and both differences."""
     folder, page = ROOT / "docs" / "r1" / "llama", (ROOT / "docs" / "r1.md").read_text()
@@ -352,7 +364,9 @@ def test_the_page_s_llama_students_are_the_committed_ones():
             for arm in ("student-base", "student-rl", "distill", "distill-rl")}
     for arm, label in (("student-rl", "RL alone, 40 steps"), ("distill", "distilled"), ("distill-rl", "RL after distillation, 24 steps")):
         own = statistics.share(runs[arm])
-        assert f"| {label} | {own.mean:.1%} | {' '.join(f'{seed:.1%}' for seed in own.seeds)} |" in page
+        flops = [json.loads((folder / f"seed{seed}" / "table.json").read_text())[arm]["flops"] for seed in range(3)]
+        assert (f"| {label} | {own.mean:.1%} | {' '.join(f'{seed:.1%}' for seed in own.seeds)} | "
+                f"{sum(flops) / 3e12:.1f} |") in page
     for a, b in (("distill", "student-rl"), ("distill-rl", "distill")):
         own = statistics.difference(runs[a], runs[b])
         assert f"{in_points(own)}, {own.verdict()}" in page
