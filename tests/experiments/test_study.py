@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import aha, few_shot, longer, mcts, prm, study
+from experiments import aha, few_shot, longer, mcts, prm, slow_rewards, study
 from machinery import rl_run
 from machinery.statistics import Scores
 
@@ -60,6 +60,7 @@ def run(study_name, *flags):
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
+    monkeypatch.setattr(slow_rewards, "TIMED", (1,))
     folder = tmp_path / "out"
     run(name, "--quick", "--out", folder)
     results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
