@@ -31,7 +31,7 @@ from machinery import plots
 from machinery.checkpoints import load
 from machinery.plots import plot_lines, read_metrics
 from machinery.stages import Stage
-from machinery.statistics import scores_of
+from machinery.statistics import scores_of, t_interval
 from rewards import chain_of_thought
 
 
@@ -73,7 +73,8 @@ LEVEL = "three"
 BEHAVIOURS = ("verifications", "backtracks", "reflection_words")
 MISSING = {"no verification": "verifications", "no backtracking": "backtracks", "no reflection": "reflection_words"}
 VERIFICATIONS = ("verifications per completion", "verifications", "eval_verifications", False)
-PANELS = tuple(VERIFICATIONS if panel[1] == "mixed" else panel for panel in plots.PANELS)  # one language, nothing to mix
+PANELS = tuple(VERIFICATIONS if panel[1] == "mixed" else panel for panel in plots.PANELS  # one language, nothing to mix
+               if "numbers" not in panel[0])  # all puzzles have three
 
 
 def arm_stages(config: Config, arm: str, seed: int) -> list[Stage]:
@@ -105,6 +106,12 @@ def measure(config: Config, checkpoint) -> dict:
             "right_when_found": sum(r["verdict"] == "correct" for r in found) / max(1, len(found))}
 
 
+def moved(before: list[float], after: list[float]) -> dict:
+    """What RL adds to a number that each seed has one of, with its 95% interval over seeds, if there are several."""
+    seeds = [y - x for x, y in zip(before, after)]
+    return average(seeds) | (dict(zip(("low", "high"), t_interval(seeds))) if len(seeds) > 1 else {})
+
+
 def collect(config: Config) -> dict:
     """The committed JSON: for each arm the base, the policy after RL, and the curves in between."""
     names = (f"pass@{config.samples}", f"maj@{config.samples}", "format", "found", "right_when_found",
@@ -119,6 +126,7 @@ def collect(config: Config) -> dict:
                             **{name: average([t[name] for t in rows]) for name in names}} for when, rows in tables.items()}
         arms[arm]["rl - base"] = paired(runs[arm], before)
         arms[arm]["minus full"] = paired(runs[arm], runs["full"])
+        arms[arm]["moved"] = {name: moved(*(arms[arm][when][name]["seeds"] for when in ("base", "rl"))) for name in BEHAVIOURS}
         arms[arm]["curves"] = [[{name: value for name, value in row.items() if name in wanted}
                                 for row in read_metrics(arm_stages(config, arm, seed)[-1].out)]
                                for seed in range(config.seeds)]
@@ -149,16 +157,18 @@ def table(record: dict) -> str:
 def verdict(record: dict) -> str:
     arms = record["arms"]
 
-    def moved(arm: str, name: str) -> str:
-        return f"{arms[arm]['base'][name]['mean']:.2f} to {arms[arm]['rl'][name]['mean']:.2f}"
+    def added(arm: str, name: str) -> str:
+        own, base = arms[arm]["moved"][name], arms[arm]["base"][name]["mean"]
+        spread = f" ({own['low']:+.2f} to {own['high']:+.2f})" if "low" in own else ""
+        return f"{own['mean']:+.2f}{spread} to {base:.2f}"
 
     pairs = {arm: own["minus full"] for arm, own in arms.items() if arm != "full"}
     apart = "; ".join(f"{arm} is {compared(pair)} full ({points(pair)})" for arm, pair in pairs.items())
     created = [name.replace("_", " ") for arm, name in MISSING.items() if arms[arm]["rl"][name]["mean"] >= 0.05]
-    behaviours = "; ".join(f"{name.replace('_', ' ')} {moved('full', name)} on the full base, {moved(arm, name)} on the "
+    behaviours = "; ".join(f"{name.replace('_', ' ')} {added('full', name)} on the full base, {added(arm, name)} on the "
                            f"one that never read any" for arm, name in MISSING.items())
     did = f"RL created {' and '.join(created)}" if created else "RL created no behaviour that a base had not read"
-    return f"After the same GRPO {apart}. {did}, and moved those that were there; per completion: {behaviours}."
+    return f"After the same GRPO {apart}. {did}; what it adds to the base's own, per completion: {behaviours}."
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ evaluate.py with 0, 1, 2, 4 and 8. Puzzles are of level three, so that a page of
     python -m experiments.few_shot --seed 0    # one seed, a terminal each; then without --seed for the picture
     python -m experiments.few_shot --quick     # a minute: does it run? Its numbers mean nothing
 
-The base is the same for all seeds; a seed fixes RL and sampling. Each puzzle has examples of its own. You see pass@1,
-length, what the examples teach (their language) and what they confuse (numbers) against how many there are.
+The base is the same for all seeds, and evaluated once; a seed fixes RL and sampling. Each puzzle has examples of its own. You see pass@1,
+length, what the examples teach (all are well formatted) and what they confuse (numbers) against how many there are.
 """
 
 import json
@@ -44,7 +44,7 @@ class Config:
     max_new_tokens: int = 1024   # a longer completion is cut off
 
 
-QUICK = dict(seeds=1, documents=120, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16, max_new_tokens=160)
+QUICK = dict(seeds=1, documents=20, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16, max_new_tokens=160)
 SHOTS = (0, 1, 2, 4, 8)
 R1_STAGES = ("zero", "cold-data", "cold-start", "rl", "replies", "r1-data", "sft", "pairs", "preference", "rl-all")
 MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "shipped base, no pages"}
@@ -55,7 +55,7 @@ def base_stages(config: Config) -> list[Stage]:
     return [Stage("pages", f"python corpus.py --n {config.documents} --seed 1 --level three --pages 0.7 "
                   f"--out {folder}/pages.jsonl"),
             Stage("base", f"python sft.py --data {folder}/pages.jsonl --model {model} --optimizer muon "
-                  "--learning-rate 5e-4 --muon-learning-rate 0.003 --batch-tokens 16384 --micro-batch-tokens 4096 "
+                  "--learning-rate 3e-3 --batch-tokens 4096 --micro-batch-tokens 4096 "
                   f"--eval-rows {max(1, config.documents // 100)} --out {folder}/base")]
 
 
@@ -70,21 +70,29 @@ def ladder(config: Config, seed: int) -> list[Stage]:
     return [stages[name] for name in R1_STAGES]
 
 
-def evaluations(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
-    folder = seed_folder(config, seed)
-    checkpoints = {"base": base_stages(config)[-1].out / "checkpoint", "zero": folder / "zero" / "checkpoint",
-                   "rl-all": folder / "rl-all" / "checkpoint", "without pages": Path(config.model)}
+def evaluations(config: Config, folder: Path, checkpoints: dict, *flags) -> dict[tuple[str, int], Stage]:
     return {(name, shots): Stage(stage := f"eval-{name.replace(' ', '-')}-{shots}", shlex.join(map(str, (
                 "python", "evaluate.py", "--model", checkpoint, "--level", "three", "--n", config.n,
-                "--max-new-tokens", config.max_new_tokens, "--shots", shots, "--seed", seed,
-                "--json", folder / f"{stage}.json"))))
+                "--max-new-tokens", config.max_new_tokens, "--shots", shots, *flags, "--json", folder / f"{stage}.json"))))
             for name, checkpoint in checkpoints.items() for shots in SHOTS}
 
 
+def of_bases(config: Config) -> dict[tuple[str, int], Stage]:
+    """One checkpoint each, so its seeds would be samples: three of a puzzle."""
+    return evaluations(config, Path(config.out) / "base", {"base": base_stages(config)[-1].out / "checkpoint",
+                                                           "without pages": Path(config.model)}, "--samples", 3)
+
+
+def of_policies(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
+    folder = seed_folder(config, seed)
+    return evaluations(config, folder, {name: folder / name / "checkpoint" for name in ("zero", "rl-all")}, "--seed", seed)
+
+
 def collect(config: Config) -> dict:
-    rows, runs, stages = {name: {} for name in MODELS}, {}, [evaluations(config, seed) for seed in range(config.seeds)]
-    for name, shots in stages[0]:
-        tables = [json.loads(own[name, shots].out.read_text(encoding="utf-8")) for own in stages]
+    rows, runs, policies = {name: {} for name in MODELS}, {}, [of_policies(config, seed) for seed in range(config.seeds)]
+    for name, shots in (*of_bases(config), *policies[0]):
+        stages = [own[name, shots] for own in (policies if name in ("zero", "rl-all") else [of_bases(config)])]
+        tables = [json.loads(stage.out.read_text(encoding="utf-8")) for stage in stages]
         runs[name, shots] = list(map(scores_of, tables))
         rows[name][shots] = {"pass@1": measured(runs[name, shots]),
                              "minus none": paired(runs[name, shots], runs[name, 0]),
@@ -96,7 +104,7 @@ def collect(config: Config) -> dict:
 
 def draw(record: dict, path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), constrained_layout=True)
-    panels = (("pass@1", "test pass@1"), ("language", "words in English, as in the examples"),
+    panels = (("pass@1", "test pass@1"), ("format", "well formatted, as the examples are"),
               ("wrong_numbers", "answers with wrong numbers"), ("completion_tokens", "completion length (tokens)"))
     for axis, (column, title) in zip(axes, panels):
         for i, (name, label) in enumerate(MODELS.items()):
@@ -125,8 +133,9 @@ def table(record: dict) -> str:
     for name, label in MODELS.items():
         entries = record["models"][name]
         rows.append([label] + [f"{text(entries[str(shots)]['pass@1'])}, "
-                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, wrong numbers "
-                               f"{text(entries[str(shots)]['wrong_numbers'])}" for shots in SHOTS])
+                               f"{entries[str(shots)]['completion_tokens']['mean']:.0f} tokens, format "
+                               f"{text(entries[str(shots)]['format'])}, wrong numbers {text(entries[str(shots)]['wrong_numbers'])}"
+                               for shots in SHOTS])
     pairs = [[label, *(judged(record["models"][name][str(shots)]["minus none"]) for shots in SHOTS[1:])]
              for name, label in MODELS.items()]
     names = [f"{shots} example{'s' * (shots != 1)}" for shots in SHOTS]
@@ -138,21 +147,21 @@ def verdict(record: dict) -> str:
 
     def line(name: str) -> str:
         first, last = (rows[name][shots]["minus none"] for shots in ("1", most))
-        return f"{MODELS[name]} is {compared(first)} none ({points(first)}), with {most} {compared(last)} that ({points(last)})"
+        return f"{MODELS[name]} is {compared(first)} none ({points(first)}), with {most} {compared(last)} none ({points(last)})"
 
-    zero, many = rows["base"]["0"], rows["base"][most]
-    return (f"With one example the {line('base')}; {line('zero')}; {line('rl-all')}. Of the base's words "
-            f"{text(zero['language'])} are English without an example and {text(many['language'])} behind {most}, all "
-            f"English; its answers with wrong numbers go from {text(zero['wrong_numbers'])} to "
-            f"{text(many['wrong_numbers'])}.")
+    none, many = rows["base"]["0"], rows["base"][most]
+    moved = "; ".join(f"{words} {text(none[column])} to {text(many[column])}" for words, column in (
+        ("well formatted", "format"), ("answers with wrong numbers", "wrong_numbers"), ("English words", "language")))
+    return (f"With one example the {line('base')}; {line('zero')}; {line('rl-all')}. What {most} examples, all well formatted and English, "
+            f"change of the base's completions: {moved}.")
 
 
 def main() -> None:
     config = begin(Config, __doc__, QUICK, levels=("three",))
     go_on = "python -m experiments.few_shot"
-    run_stages(Path(config.out) / "base", base_stages(config), go_on)
+    run_stages(Path(config.out) / "base", [*base_stages(config), *of_bases(config).values()], go_on)
     for seed in seeds_to_run(config):
-        run_stages(seed_folder(config, seed), [*ladder(config, seed), *evaluations(config, seed).values()], go_on)
+        run_stages(seed_folder(config, seed), [*ladder(config, seed), *of_policies(config, seed).values()], go_on)
     if config.seed < 0:
         finish(config, "few_shot", collect(config), draw, table, verdict)
 

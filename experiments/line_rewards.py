@@ -110,6 +110,7 @@ def step_advantages(step_rewards: list[list[float]], step_ends: list[list[int]],
 def line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome, arm: tuple):
     """outcome (P, G), the advantages of the outcome reward -> advantages (B, T) of single tokens, 0 behind a completion's
     end, and what the log says of the lines. arm: (weight of the outcome, weight of the lines, how these are rewarded).
+    scorer None: the lines are rewarded with the exact solver's labels, as by a scorer that is never wrong.
 
     normalised: DeepSeekMath's process supervision; a line below the group's mean costs. paid: a completion's reward is
     the sum over its lines, and its advantage is that of any reward; a line never costs."""
@@ -118,8 +119,8 @@ def line_advantages(scorer, tokenizer, puzzles, prompt_ids, completions, outcome
     traces = [Trace(puzzle, prompt, c.token_ids, "", [step for step in find_steps(
         tokenizer.convert_ids_to_tokens(c.token_ids), puzzle) if step.kind == "line"])
         for puzzle, prompt, c in zip(puzzles, prompt_ids, completions)]
-    scores = score_traces(scorer, traces)
     labels = [[step.label for step in trace.steps] for trace in traces]
+    scores = score_traces(scorer, traces) if scorer else labels
     rows = []  # a list of advantages a completion
     if form == "paid":
         sums = group_advantages(torch.tensor(list(map(sum, scores))).view(-1, G)).flatten().tolist()

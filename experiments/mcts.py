@@ -252,6 +252,10 @@ def collect(config: Config) -> dict:
             "plain": measured_curves(asked, sampled), "mcts": searches(mcts),
             "mcts - majority": {size: paired(runs_of(asked, mcts, "best value", size),
                                              runs_of(asked, sampled, "majority", size)) for size in mcts[0]["best value"]},
+            "mcts - plain, chosen alike": {way: {size: paired(
+                runs_of(asked, mcts, own, size), runs_of(asked, sampled, other, str(int(size) // 2)))
+                for size in mcts[0][own] if str(int(size) // 2) in sampled[0][other]}
+                for way, own, other in (("by value", "best value", "best of N"), ("by a vote weighted by value", "vote", "weighted vote"))},
             "SFT on searched - on sampled": paired(runs["mcts"], runs["plain"]),
             "widths": {width: searches(pieces(f"width {width}")) for width in WIDTHS},
             "values": {name: searches(pieces(f"values {name}")) for name in ("shuffled", "none")},
@@ -271,7 +275,7 @@ def draw(record: dict, path) -> None:
     for i, (label, entries, cost, style) in enumerate((
             ("majority of N", plain_["majority"], 1, "-"), ("best of N by value", plain_["best of N"], 2, "-"),
             ("vote weighted by value", plain_["weighted vote"], 2, "-"),
-            ("MCTS, best value", mcts["best value"], 1, "-"), ("MCTS, vote", mcts["vote"], 1, "-"),
+            ("MCTS, best value", mcts["best value"], 1, "-"), ("MCTS, vote weighted by value", mcts["vote"], 1, "-"),
             ("pass@N: in the samples", plain_["pass@N"], 1, ":"),
             ("MCTS: in the tree", mcts["found"], 1, ":"))):
         draw_shares(compare_axis, entries, cost, f"C{i}", label, style)
@@ -321,7 +325,7 @@ def table(record: dict) -> str:
     sizes = list(plain_["majority"])[::2]
     ways = [("majority of N", plain_["majority"], 1), ("best of N / 2 by value", plain_["best of N"], 2),
             ("vote of N / 2 weighted by value", plain_["weighted vote"], 2), ("MCTS, best value", mcts["best value"], 1),
-            ("MCTS, vote", mcts["vote"], 1), ("in the tree of MCTS", mcts["found"], 1), ("pass@N", plain_["pass@N"], 1)]
+            ("MCTS, vote weighted by value", mcts["vote"], 1), ("in the tree of MCTS", mcts["found"], 1), ("pass@N", plain_["pass@N"], 1)]
     spent = [f"{mcts['tokens'][size]['mean'] / record['tokens_a_completion']['mean']:.1f}" for size in sizes]
     rows = [[label] + [text(entries[str(int(size) // cost)]) if str(int(size) // cost) in entries else ""
                        for size in sizes] for label, entries, cost in ways] + [["spent by MCTS, in completions", *spent]]
@@ -338,17 +342,15 @@ def table(record: dict) -> str:
     for level, depths in (("lines", (1, 2, 3, 4)), ("tokens", (1, 2, 4, 8, 16, 32))):
         growth_ = record["growth"][level]
         for depth in depths:
-            before = growth_["different"][depth - 2] if depth > 1 else 1
             beginnings.append([f"{depth} {level}", f"{growth_['different'][depth - 1]:.1f} of "
                                f"{growth_['completions'][depth - 1]:.1f}",
-                               f"{growth_['different'][depth - 1] / before:.2f}",
                                f"{record['nodes_by_depth'][depth - 1]:.1f}" if level == "lines" else ""])
     beginnings = markdown(["after", f"different beginnings among {record['config']['samples']} completions",
-                           "branching: times those of one less", "nodes of the MCTS tree"], beginnings)
+                           "nodes of the MCTS tree"], beginnings)
     values = [[f"trained on {name}", *(text(own["before the answer"][column]) for column in ("accuracy", "majority_class")),
                f"{own['before the answer']['calibration_error']['mean']:.3f}"]
               for name, own in zip(("rollouts", "shuffled returns"), record["value_models"].values())]
-    values = markdown(["value model", "right about unfinished searches", "always the more frequent outcome", "calibration error"], values)
+    values = markdown(["value model", "right at the ends of lines", "always the more frequent outcome", "calibration error"], values)
     taught = [[label, text(own["pass@1"]), " ".join(f"{seed:.1%}" for seed in own["pass@1"]["seeds"]), text(own["pass@1_3_numbers"]),
                text(own["pass@1_4_numbers"]), *(f"{own[column]['mean']:.0f}" if column in own else "" for column in ("puzzles", "rows"))]
               for label, own in zip(("none", "plain samples", "MCTS"), record["training"].values())]
@@ -357,13 +359,22 @@ def table(record: dict) -> str:
 
 
 def verdict(record: dict) -> str:
-    voted, searched, pairs = record["plain"]["majority"], record["mcts"]["best value"], record["mcts - majority"]
-    few, many = list(voted)[min(4, len(voted) - 1)], list(voted)[-1]
-    taught, stuck = record["SFT on searched - on sampled"], record["mcts"]["stuck"]
-    return (f"With the tokens of {few} completions MCTS solves {text(searched[few])}, {compared(pairs[few])} the majority of plain samples, "
-            f"{text(voted[few])} ({points(pairs[few])}); with those of {many}, before which {text(stuck)} of the trees are stuck, "
-            f"{text(searched[many])}, {compared(pairs[many])} {text(voted[many])} ({points(pairs[many])}). SFT on what the search solved is "
-            f"{compared(taught)} SFT on what plain samples of as many tokens solved ({points(taught)}).")
+    plain_, mcts, sizes = record["plain"], record["mcts"], list(record["plain"]["majority"])
+    few, many = sizes[min(4, len(sizes) - 1)], sizes[-1]
+    spent = mcts["tokens"][many]["mean"] / record["tokens_a_completion"]["mean"]
+    taught = record["SFT on searched - on sampled"]
+
+    def line(size: str) -> str:
+        pair = record["mcts - majority"][size]
+        return (f"{text(mcts['best value'][size])}, {compared(pair)} the majority of plain samples, {text(plain_['majority'][size])} "
+                f"({points(pair)})")
+
+    alike = "; ".join(f"{way} it is {compared(pairs[many])} them ({points(pairs[many])})"
+                      for way, pairs in record["mcts - plain, chosen alike"].items())
+    return (f"With the tokens of {few} completions MCTS solves {line(few)}; with at most those of {many}, of which it has spent {spent:.0f} on average "
+            f"when {text(mcts['stuck'])} of the trees are stuck, {line(many)}. Where the value model chooses among the plain samples too, and "
+            f"its reading counts: {alike}. SFT on what the search solved is {compared(taught)} SFT on what plain samples with the same limit of "
+            f"tokens solved ({points(taught)}).")
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ can be measured:
                policy writes, so it pays twice for a completion
     noise      the same with 10% and 20% of the training labels flipped
     reward     GRPO with the scores as rewards of single lines: normalised as in DeepSeekMath, section 4.1.3, beside the
-               outcome reward and alone; and simply paid, line by line, beside it and alone
+               outcome reward and alone; and simply paid, line by line, beside it and alone. As a control, the exact
+               solver's labels in place of the scores, normalised beside the outcome
 
     python -m experiments.prm                  # 3 seeds; 2 cores: see minutes in experiments/results/prm.json
     python -m experiments.prm --seed 0         # one seed, a terminal each; then without --seed for the picture
@@ -75,13 +76,16 @@ QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=
              max_new_tokens=160)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
+EXACT = "outcome + exact labels"  # the arm without a scorer
 ARMS = {  # (weight of the outcome's advantage, of the lines' advantages, how lines are rewarded)
     "outcome": (1, 0, "normalised"),
     "outcome + PRM": (1, 1, "normalised"),
     "PRM alone": (0, 1, "normalised"),
     "outcome + PRM, paid per line": (1, 1, "paid"),
     "PRM alone, paid per line": (0, 1, "paid"),
+    EXACT: (1, 1, "normalised"),
 }
+JUDGES = ("PRM, last", "PRM, answer", "PRM-weighted vote")  # that are compared with the majority, puzzle by puzzle
 
 
 def scorer_examples(traces: list[Trace], noise: float, seed: int) -> list[tuple]:
@@ -182,14 +186,14 @@ def collect(config: Config) -> dict:
                    "curve": scored[0][noise][kind]["curve"]} for kind in KINDS}
         scorers[noise]["rerank"] = measured_curves(asked, [s[noise]["rerank"] for s in scored])
     clean = [s["0.0"]["rerank"] for s in scored]
-    judged = {size: paired(runs_of(asked, clean, "PRM, last", str(int(size) // 2)), runs_of(asked, clean, "majority", size))
-              for size in list(clean[0]["majority"])[1:]}  # at equal tokens: the scorer reads what the policy wrote
+    judges = {way: {size: paired(runs_of(asked, clean, way, str(int(size) // 2)), runs_of(asked, clean, "majority", size))
+                    for size in list(clean[0]["majority"])[1:]} for way in JUDGES}  # equal tokens: the scorer reads them all
     parameters = sum(p.numel() for p in load(config.model)[0].parameters())
     arms, outcome = {}, None
     for arm, (_, prm_weight, _) in ARMS.items():
         logs = [read_jsonl(Path(rl_config(config, folder, arm, seed).out) / "metrics.jsonl")
                 for seed, folder in enumerate(folders)]
-        reads = 2 if prm_weight else 0
+        reads = 2 if prm_weight and arm != EXACT else 0
         curves = []
         for log, s in zip(logs, scored):  # 2 operations a parameter and token written or read, 6 where it is trained on
             flops = (2 + 6 * config.epochs) * s["0.0"]["train_tokens"] if reads else 0
@@ -214,7 +218,7 @@ def collect(config: Config) -> dict:
                         for count in (3, 4)},
                      "first_step": {name: average([c[1][name] for c in curves]) for name in last}, "last_5_steps": last,
                      "tflops": average([c[-1]["tflops"] for c in curves]), "curves": curves}
-    return {"scorers": scorers, "PRM of N / 2 - majority of N": judged, "arms": arms,
+    return {"scorers": scorers, "of N / 2 - majority of N": judges, "arms": arms,
             "tokens_a_completion": average([s["0.0"]["tokens_a_completion"] for s in scored]),
             "train_steps": average([s["0.0"]["train_steps"] for s in scored])}
 
@@ -294,22 +298,28 @@ def table(record: dict) -> str:
 
 
 def verdict(record: dict) -> str:
-    clean, arms = record["scorers"]["0.0"], record["arms"]
-    half, most = list(clean["rerank"]["majority"])[-2:]
-    chosen, voted = clean["rerank"]["PRM, last"][half], clean["rerank"]["majority"][most]
-    pair = record["PRM of N / 2 - majority of N"][most]
-    judge = {"worse": "loses to voting", "not told apart": "is not told apart from voting",
-             "better": "beats voting"}[pair["verdict"]]
-    beside, outcome = arms["outcome + PRM"]["after - outcome"], arms["outcome"]
-    alone = [f"{compared(arms[arm]['after - before'])} before ({points(arms[arm]['after - before'])}), its probability of a line "
-             f"goes {arms[arm]['first_step']['prm_score']['mean']:.2f} to {arms[arm]['last_5_steps']['prm_score']['mean']:.2f} and its sum "
-             f"over a completion {arms[arm]['first_step']['prm_sum']['mean']:.2f} to {arms[arm]['last_5_steps']['prm_sum']['mean']:.2f}"
-             for arm in ("PRM alone", "PRM alone, paid per line")]
+    clean, arms = record["scorers"]["0.0"]["rerank"], record["arms"]
+    half, most = list(clean["majority"])[-2:]
+
+    def judge(way: str) -> str:
+        pair = record["of N / 2 - majority of N"][way][most]
+        return f"{text(clean[way][half])}, {compared(pair)} it ({points(pair)})"
+
+    def reward(arm: str) -> str:
+        first, last = arms[arm]["first_step"], arms[arm]["last_5_steps"]
+        return (f"{compared(arms[arm]['after - before'])} before ({points(arms[arm]['after - before'])}), its probability of a line goes "
+                f"{first['prm_score']['mean']:.2f} to {last['prm_score']['mean']:.2f} and its sum over a completion "
+                f"{first['prm_sum']['mean']:.2f} to {last['prm_sum']['mean']:.2f}")
+
+    normalised, paid, exact = (f"{compared(pair)} none ({points(pair)})" for pair in (
+        arms[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line", EXACT)))
     return (
-        f"As a judge it {judge}: with the best of {half} it solves {text(chosen)}, the majority of {most}, for the same tokens, "
-        f"{text(voted)} ({points(pair)}). As the only reward, normalised, it leaves a policy {alone[0]}; paid per line, one "
-        f"{alone[1]}. Beside the outcome reward it is {compared(beside)} none ({points(beside)}), for "
-        f"{arms['outcome + PRM']['tflops']['mean'] / outcome['tflops']['mean']:.1f} times the compute.")
+        f"As a judge: the majority of {most} solves {text(clean['majority'][most])}. For the same tokens the best of {half} by the score of the last "
+        f"line solves {judge('PRM, last')}, by that of the answer {judge('PRM, answer')}, and a vote of {half} weighted by that of the last line "
+        f"{judge('PRM-weighted vote')}. As the only reward, normalised, it leaves a policy {reward('PRM alone')}; paid per line, one "
+        f"{reward('PRM alone, paid per line')}. Beside the outcome reward, normalised, it is {normalised}, for "
+        f"{arms['outcome + PRM']['tflops']['mean'] / arms['outcome']['tflops']['mean']:.1f} times the compute; paid per line, {paid}. The exact labels in "
+        f"its place, normalised, are {exact}.")
 
 
 def main() -> None:
@@ -324,8 +334,8 @@ def main() -> None:
         for arm, (outcome_weight, prm_weight, form) in ARMS.items():
             settings = rl_config(config, folder, arm, seed)
             piece(folder, Path(settings.out).name, lambda: train_on_lines(
-                resumed(settings), scorer, tokenizer, (outcome_weight, config.prm_weight * prm_weight, form),
-                "python -m experiments.prm"))
+                resumed(settings), None if arm == EXACT else scorer, tokenizer,
+                (outcome_weight, config.prm_weight * prm_weight, form), "python -m experiments.prm"))
             piece(folder, f"{Path(settings.out).name} on test puzzles",
                   lambda: on_test_puzzles(config, Path(settings.out) / "checkpoint"))
     if config.seed < 0:

@@ -94,7 +94,7 @@ def plot_lines(lines: dict[str, list[list[dict]]], out, panels=PANELS) -> Path:
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
         if share:
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
             axis.set_ylim(-0.03, 1.03) if title != "truncated" else axis.set_ylim(bottom=0)
         else:
             axis.set_ylim(bottom=0)

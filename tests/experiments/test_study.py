@@ -11,7 +11,7 @@ import pytest
 
 from experiments import aha, few_shot, longer, mcts, prm, slow_rewards, study
 from machinery import rl_run
-from machinery.statistics import Scores
+from machinery.statistics import Estimate, Scores
 
 ROOT = Path(study.__file__).parent.parent
 STUDIES = ("prm", "mcts", "few_shot", "aha")
@@ -108,12 +108,43 @@ def test_the_page_of_the_studies_has_the_committed_results_in_words_picture_and_
 
 
 def test_the_claims_at_the_top_of_the_page_are_those_of_the_json():
-    page = (ROOT / "docs" / "studies.md").read_text()
-    record = json.loads((ROOT / "experiments" / "results" / "prm.json").read_text())
-    arms = record["arms"]
-    pairs = [list(record["PRM of N / 2 - majority of N"].values())[-1],
-             *(arms[arm]["after - before"] for arm in ("PRM alone", "PRM alone, paid per line")),
-             *(arms[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line"))]
-    record = json.loads((ROOT / "experiments" / "results" / "mcts.json").read_text())
-    pairs += [record["mcts - majority"]["16"], record["mcts - majority"]["256"], record["SFT on searched - on sampled"]]
-    assert all(f" | {study.points(pair)} | {pair['verdict']} |" in page for pair in pairs)
+    records = {name: json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text()) for name in STUDIES}
+    bases, rewards, models = records["aha"]["arms"], records["prm"]["arms"], records["few_shot"]["models"]
+    pairs = [bases[arm]["minus full"] for arm in ("no backtracking", "no verification", "no reflection", "wrong answers")]
+    pairs += [list(own.values())[-1] for own in records["prm"]["of N / 2 - majority of N"].values()]
+    pairs += [rewards[arm]["after - before"] for arm in ("PRM alone", "PRM alone, paid per line")]
+    pairs += [rewards[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line", prm.EXACT)]
+    pairs += [records["mcts"]["mcts - majority"][size] for size in ("16", "256")]
+    pairs += [own["256"] for own in records["mcts"]["mcts - plain, chosen alike"].values()]
+    pairs += [records["mcts"]["SFT on searched - on sampled"]]
+    pairs += [models[name][shots]["minus none"] for name in ("base", "zero", "rl-all") for shots in ("1", "8")]
+    table = [line for line in (ROOT / "docs" / "studies.md").read_text().split("## ")[0].splitlines() if line.startswith("|")][2:]
+    for line, arm in zip(table, ("no reflection", "full")):
+        own = bases[arm]["moved"]["reflection_words"]
+        assert line.endswith(f" | {own['mean']:+.2f} words, {own['low']:+.2f} to {own['high']:+.2f} | {Estimate(**own).verdict()} |")
+    for line, pair in zip(table[2:], pairs, strict=True):
+        assert line.endswith(f" | {study.points(pair)} | {pair['verdict']} |")
+
+
+def test_the_readme_s_figures_of_the_studies_are_those_of_the_json():
+    readme, folder = (ROOT / "README.md").read_text(), ROOT / "experiments" / "results"
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in (*STUDIES, "harder", "programs")}
+
+    def share(entry):
+        return f"{entry['mean']:.1%}"
+
+    chosen, rewards, models = found["prm"]["scorers"]["0.0"]["rerank"], found["prm"]["arms"], found["few_shot"]["models"]
+    assert (f"best of 32 solves {share(chosen['PRM, last']['32'])}, the majority of 64, for the same tokens, {share(chosen['majority']['64'])}. "
+            f"As a reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels in its place "
+            f"{share(rewards[prm.EXACT]['after'])}, neither {share(rewards['outcome']['after'])}") in readme
+    assert (f"solves {share(found['mcts']['mcts']['best value']['256'])}, the majority of plain samples "
+            f"{share(found['mcts']['plain']['majority']['256'])}") in readme
+    full, without = (found["aha"]["arms"][arm] for arm in ("full", "no backtracking"))
+    assert "backtracks {:.2f} to {:.2f}; {:.2f} to {:.2f} on bases without".format(
+        *(arm[when]["backtracks"]["mean"] for arm in (full, without) for when in ("base", "rl"))) in readme
+    assert "(eight: {} to {}), and not what RL makes of it: R1-Zero {} to {} (not told apart), R1 {} to {} (worse)".format(
+        *(share(models[name][shots]["pass@1"]) for name in ("base", "zero", "rl-all") for shots in ("0", "8"))) in readme
+    four = {arm: f"{found['harder']['test'][arm]['four']['pass@1']['mean']:.0%}" for arm in ("base", "mixed", "easy")}
+    assert f"RL takes four numbers from {four['base']} to {four['mixed']}, RL on three alone to {four['easy']}" in readme
+    programs = (share(found["programs"]["arms"][arm]["right"]) for arm in ("three-base", "three-all"))
+    assert "programs that pass tests: {} to {}".format(*programs) in readme
