@@ -10,14 +10,16 @@ completion tokens count, EOS included and padding not.
     decode            bytes that decoding must read / second     memory bandwidth, measured
     training          FLOPs of forward and backward / second     a large matrix product, measured
 
-Sizes: `tiny` is the quickstart's own workload, 256 completions of 16 train puzzles. `smollm2` is a real checkpoint,
-SmolLM2-135M-Instruct: one completion alone, and 16 prompts of very different lengths whose completions end where EOS
-says. `qwen0.5b` and `qwen1.5b` have the shapes of Qwen2.5 and random weights, which transformers' model and ours share;
-every completion has the same length; on a CPU they are cut to 8 completions of 32 tokens. Always temperature 1.
+Sizes: `tiny` is the quickstart's own workload, 256 completions of 16 train puzzles, of up to 512 tokens. (At its limit of
+1,024 transformers' generate, which carries finished rows along, needs four minutes a round.) `smollm2` is a real
+checkpoint, SmolLM2-135M-Instruct: one completion alone, and 16 prompts of very different lengths whose completions end
+where EOS says. `qwen0.5b` and `qwen1.5b` have the shapes of Qwen2.5 and random weights, which transformers' model and
+ours share; every completion has the same length; on a CPU they are cut to 8 completions of 32 tokens. Always
+temperature 1.
 
-    python -m benchmark.speed                     # 2 CPU cores: 9 minutes with TRL (pip install trl)
-    python -m benchmark.speed --no-trl            # 3 minutes
-    python -m benchmark.speed --growth --no-trl   # 10 more, and a picture: speed against batch size and completion length
+    python -m benchmark.speed                     # with TRL, if it is there (pip install trl); minutes: docs/speed.md
+    python -m benchmark.speed --no-trl
+    python -m benchmark.speed --growth --no-trl   # and a picture: speed against batch size and completion length
     python -m benchmark.speed --device cuda --sizes qwen0.5b --no-trl --out runs/qwen.json
 """
 
@@ -58,9 +60,9 @@ class Config:
     smollm2: str = ""                # directory or hub id of SmolLM2-135M-Instruct; adds its size to the default ones
     prompts: int = 16                # different prompts, except in size smollm2
     group_size: int = 16             # completions of each
-    max_new_tokens: int = 1024       # limit of a completion
+    max_new_tokens: int = 512        # limit of a completion
     repeats: int = 3                 # counted rounds of each row but the training step; the medians are compared
-    steps: int = 4                   # training steps per trainer and round, of two; the first of a round is not counted
+    steps: int = 2                   # training steps per trainer and round, of two; the first of a round is not counted
     sampling: bool = True            # measure the samplers
     trl: bool = True                 # compare the whole step with TRL, if it is installed
     limits: bool = True              # measure the shares of the physical limits

@@ -1,8 +1,10 @@
 """What the benchmark counts and how it compares; how fast anything is depends on the machine and is not tested."""
 
 import json
+import statistics
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -233,3 +235,16 @@ def test_growth_ends_a_curve_at_its_first_slow_point(models, monkeypatch, tmp_pa
     assert growth["length"]["ours"] == {8: [64.0], 16: [128.0]}
     picture = plot_growth(growth, tmp_path / "growth.png", "")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_speed_has_the_committed_table_and_ratios():
+    """docs/speed: what three runs wrote, and the growth of a fourth."""
+    docs = Path(benchmark.__file__).parent.parent / "docs"
+    page, found = (docs / "speed.md").read_text(), {path.stem: json.loads(path.read_text()) for path in (docs / "speed").glob("*.json")}
+    assert format_table([row for name in ("samplers", "smollm2", "step") for row in found[name]["rows"]]) in page
+    ratios = {axis: {x: statistics.median(speeds) / statistics.median(curves["transformers.generate"][x])
+                     for x, speeds in curves["ours"].items() if x in curves["transformers.generate"]}
+              for axis, curves in found["growth"]["growth"].items()}
+    every, (most, ratio) = [own for axis in ratios.values() for own in axis.values()], list(ratios["batch"].items())[-1]
+    assert (f"{min(every):.1f} to {max(every):.1f} times `generate` over all points, {ratio:.1f} times at {most} sequences"
+            in page)
