@@ -9,8 +9,9 @@ evaluate.py with 0, 1, 2, 4 and 8. Puzzles are of level three, so that a page of
     python -m experiments.few_shot --seed 0    # one seed, a terminal each; then without --seed for the picture
     python -m experiments.few_shot --quick     # a minute: does it run? Its numbers mean nothing
 
-The base is the same for all seeds, and evaluated once; a seed fixes RL and sampling. Each puzzle has examples of its own. You see pass@1,
-length, what the examples teach (all are well formatted) and what they confuse (numbers) against how many there are.
+The base is the same for all seeds, and evaluated once; a seed fixes RL and sampling. Each puzzle has examples of its
+own. You see pass@1, length, what the examples teach (all are well formatted) and what they confuse (numbers) against how
+many there are.
 """
 
 import json

@@ -371,10 +371,10 @@ def verdict(record: dict) -> str:
 
     alike = "; ".join(f"{way} it is {compared(pairs[many])} them ({points(pairs[many])})"
                       for way, pairs in record["mcts - plain, chosen alike"].items())
-    return (f"With the tokens of {few} completions MCTS solves {line(few)}; with at most those of {many}, of which it has spent {spent:.0f} on average "
-            f"when {text(mcts['stuck'])} of the trees are stuck, {line(many)}. Where the value model chooses among the plain samples too, and "
-            f"its reading counts: {alike}. SFT on what the search solved is {compared(taught)} SFT on what plain samples with the same limit of "
-            f"tokens solved ({points(taught)}).")
+    return (f"With the tokens of {few} completions MCTS solves {line(few)}; with at most those of {many}, of which it has "
+            f"spent {spent:.0f} on average when {text(mcts['stuck'])} of the trees are stuck, {line(many)}. Where the value "
+            f"model chooses among the plain samples too, and its reading counts: {alike}. SFT on what the search solved is "
+            f"{compared(taught)} SFT on what plain samples with the same limit of tokens solved ({points(taught)}).")
 
 
 def main() -> None:

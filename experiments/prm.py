@@ -314,12 +314,13 @@ def verdict(record: dict) -> str:
     normalised, paid, exact = (f"{compared(pair)} none ({points(pair)})" for pair in (
         arms[arm]["after - outcome"] for arm in ("outcome + PRM", "outcome + PRM, paid per line", EXACT)))
     return (
-        f"As a judge: the majority of {most} solves {text(clean['majority'][most])}. For the same tokens the best of {half} by the score of the last "
-        f"line solves {judge('PRM, last')}, by that of the answer {judge('PRM, answer')}, and a vote of {half} weighted by that of the last line "
-        f"{judge('PRM-weighted vote')}. As the only reward, normalised, it leaves a policy {reward('PRM alone')}; paid per line, one "
-        f"{reward('PRM alone, paid per line')}. Beside the outcome reward, normalised, it is {normalised}, for "
-        f"{arms['outcome + PRM']['tflops']['mean'] / arms['outcome']['tflops']['mean']:.1f} times the compute; paid per line, {paid}. The exact labels in "
-        f"its place, normalised, are {exact}.")
+        f"As a judge: the majority of {most} solves {text(clean['majority'][most])}. For the same tokens the best of {half} "
+        f"by the score of the last line solves {judge('PRM, last')}, by that of the answer {judge('PRM, answer')}, and a "
+        f"vote of {half} weighted by that of the last line {judge('PRM-weighted vote')}. As the only reward, normalised, it "
+        f"leaves a policy {reward('PRM alone')}; paid per line, one {reward('PRM alone, paid per line')}. Beside the outcome "
+        f"reward, normalised, it is {normalised}, for "
+        f"{arms['outcome + PRM']['tflops']['mean'] / arms['outcome']['tflops']['mean']:.1f} times the compute; paid per "
+        f"line, {paid}. The exact labels in its place, normalised, are {exact}.")
 
 
 def main() -> None:
