@@ -31,7 +31,7 @@ from machinery import plots
 from machinery.checkpoints import load
 from machinery.plots import plot_lines, read_metrics
 from machinery.stages import Stage
-from machinery.statistics import scores_of, t_interval
+from machinery.statistics import over_seeds, scores_of
 from rewards import chain_of_thought
 
 
@@ -109,7 +109,7 @@ def measure(config: Config, checkpoint) -> dict:
 def moved(before: list[float], after: list[float]) -> dict:
     """What RL adds to a number that each seed has one of, with its 95% interval over seeds, if there are several."""
     seeds = [y - x for x, y in zip(before, after)]
-    return average(seeds) | (dict(zip(("low", "high"), t_interval(seeds))) if len(seeds) > 1 else {})
+    return over_seeds(seeds)._asdict() if len(seeds) > 1 else average(seeds)
 
 
 def collect(config: Config) -> dict:

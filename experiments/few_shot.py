@@ -91,9 +91,10 @@ def of_policies(config: Config, seed: int) -> dict[tuple[str, int], Stage]:
 
 def collect(config: Config) -> dict:
     rows, runs, policies = {name: {} for name in MODELS}, {}, [of_policies(config, seed) for seed in range(config.seeds)]
-    for name, shots in (*of_bases(config), *policies[0]):
-        stages = [own[name, shots] for own in (policies if name in ("zero", "rl-all") else [of_bases(config)])]
-        tables = [json.loads(stage.out.read_text(encoding="utf-8")) for stage in stages]
+    stages = {key: [stage] for key, stage in of_bases(config).items()}
+    stages |= {key: [own[key] for own in policies] for key in policies[0]}
+    for (name, shots), own in stages.items():
+        tables = [json.loads(stage.out.read_text(encoding="utf-8")) for stage in own]
         runs[name, shots] = list(map(scores_of, tables))
         rows[name][shots] = {"pass@1": measured(runs[name, shots]),
                              "minus none": paired(runs[name, shots], runs[name, 0]),

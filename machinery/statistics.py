@@ -59,6 +59,11 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - width), float(np.mean(values) + width)
 
 
+def over_seeds(values: list[float]) -> Estimate:
+    """Of one number of each seed, or of its difference between two arms. Raises ValueError for fewer than two."""
+    return Estimate(float(np.mean(values)), *t_interval(values), values)
+
+
 def interval(runs: list[Scores], resamples: int = RESAMPLES) -> Estimate:
     """95% interval of the mean over S seeds and N problems, by bootstrap (Efron 1979).
 
@@ -140,8 +145,8 @@ def show_column(files: list[str], against: list[str], column: str) -> None:
     check_pairs(a, b or a)
     for name, values in ((column, a), (column, b), ("difference", [x - y for x, y in zip(a, b)])):
         if values:
-            low, high = t_interval(values)
-            print(f"{name} {np.mean(values):.4g} (95% t-interval over seeds {low:.4g} to {high:.4g}; seeds "
+            own = over_seeds(values)
+            print(f"{name} {own.mean:.4g} (95% t-interval over seeds {own.low:.4g} to {own.high:.4g}; seeds "
                   f"{', '.join(f'{value:.4g}' for value in values)})")
 
 

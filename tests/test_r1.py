@@ -333,8 +333,7 @@ def test_the_page_s_figures_of_one_column_are_over_seeds():
     greetings = [sum(rows[name]["seeds"]["greetings"]) / 3 for name in ("base", "zero")]
     assert f"{100 * (greetings[0] - greetings[1]):.1f} points lower on known greetings" in page
     for a, b, column in (("zero", "base", "arithmetic"), ("hacking", "rl-all", "arithmetic")):
-        moved = [x - y for x, y in zip(rows[a]["seeds"][column], rows[b]["seeds"][column])]
-        own = statistics.Estimate(sum(moved) / 3, *statistics.t_interval(moved), moved)
+        own = statistics.over_seeds([x - y for x, y in zip(rows[a]["seeds"][column], rows[b]["seeds"][column])])
         assert f"{in_points(own)}, {own.verdict()}" in page, (a, b, column)
 
 

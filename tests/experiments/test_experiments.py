@@ -187,6 +187,10 @@ def test_the_scorer_and_not_the_truth_rewards_a_line(tokenizer):
     advantages, log = line_rewards.line_advantages(Yes(tokenizer), tokenizer, [PUZZLE] * 2, [[7]] * 2, completions,
                                                    torch.tensor([[2.0, -2.0]]), (0.0, 1.0, "normalised"))
     assert not advantages.any() and log["lines_that_reach"] == 0.5
+    exact, log = line_rewards.line_advantages(None, tokenizer, [PUZZLE] * 2, [[7]] * 2, completions,
+                                              torch.tensor([[2.0, -2.0]]), (0.0, 1.0, "normalised"))  # the truth does, then
+    assert exact[0, 0] == pytest.approx(-1.0, abs=1e-4) and exact[1, 0] == pytest.approx(1.0, abs=1e-4)
+    assert log["prm_score"] == log["lines_that_reach"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ the tree
