@@ -82,7 +82,7 @@ def reachable(numbers: tuple[int, ...]) -> dict[Fraction, tuple]:
     return ways
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2 ** 16)
 def find_way(numbers: tuple[int, ...], target: int) -> tuple | int | None:
     """A way from exactly these numbers to the target, or None: meet in the middle at the last operation.
 

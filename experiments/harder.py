@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 
 from countdown import answer_value, key, sample_puzzles
-from experiments.scorer import choose_from_n, powers_of_two, vote
+from experiments.scorer import check_sizes, choose_from_n, powers_of_two, vote
 from experiments.study import (begin, finish, has_pieces, judged, markdown, measured, paired, piece, points,
                                run_stages, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
@@ -42,8 +42,11 @@ class Config:
     samples: int = 16              # completions of each: votes of 1 to this many
     max_new_tokens: int = 1024     # a longer completion is cut off
 
+    def __post_init__(self):
+        check_sizes(self, "samples")
 
-QUICK = dict(seeds=1, steps=2, eval_every=1, n=4, samples=2, max_new_tokens=128)
+
+QUICK = dict(seeds=1, steps=2, eval_every=1, n=4, samples=2, max_new_tokens=96)
 LEVELS = {"three": "three numbers", "four": "four numbers", "hundred": "four, targets 31 to 100"}
 ARMS = {"base": "base", "easy": "RL on three numbers", "mixed": "RL on three and four"}
 COLOURS = {"three": "tab:blue", "four": "tab:orange", "hundred": "tab:green"}
@@ -58,7 +61,7 @@ def training(config: Config, seed: int) -> list[Stage]:
 
 
 def limits(config: Config) -> list[int]:
-    return [limit for limit in powers_of_two(config.max_new_tokens) if limit >= 32]
+    return sorted({config.max_new_tokens, *(limit for limit in powers_of_two(config.max_new_tokens) if limit >= 32)})
 
 
 def measure(config: Config, arm: str, level: str, seed: int) -> dict:

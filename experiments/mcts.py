@@ -34,8 +34,8 @@ from matplotlib.ticker import PercentFormatter
 
 from countdown import Puzzle, answer_value, make_prompt, sample_puzzles
 from evaluate import mean
-from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, powers_of_two,
-                                reliability, runs_of, score_positions, test_puzzles, train_scorer, vote)
+from experiments.scorer import (best, by_puzzle, check_sizes, choose_from_n, measured_curves, names_of_test_puzzles,
+                                powers_of_two, reliability, runs_of, score_positions, test_puzzles, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, markdown, measured, paired, piece, points,
                                run_stages, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from experiments.tree import MAX_DEPTH, START, search
@@ -73,10 +73,11 @@ class Config:
             raise ValueError(f"got width {self.width}, samples {self.samples}, ablation_budget {self.ablation_budget}; "
                              f"expected a width of {', '.join(map(str, WIDTHS))}, at least 2 samples and no larger "
                              "budget")
+        check_sizes(self, "samples", "ablation_budget")
 
 
 QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
-             sft_budget=8, sft_steps=2, eval_n=16, max_new_tokens=160)
+             sft_budget=8, sft_steps=2, eval_n=16, max_new_tokens=96)
 WIDTHS = (2, 4, 8, 16)
 
 

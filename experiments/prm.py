@@ -34,8 +34,8 @@ import evaluate
 import train_countdown
 from countdown import answer_value, make_prompt, sample_puzzles
 from experiments.line_rewards import Step, Trace, find_steps, score_traces, train_on_lines
-from experiments.scorer import (best, by_puzzle, choose_from_n, measured_curves, names_of_test_puzzles, reliability, runs_of,
-                                test_puzzles, train_scorer, vote)
+from experiments.scorer import (best, by_puzzle, check_sizes, choose_from_n, measured_curves, names_of_test_puzzles,
+                                reliability, runs_of, test_puzzles, train_scorer, vote)
 from experiments.study import (average, begin, compared, draw_shares, finish, judged, markdown, measured, paired, piece,
                                points, sample_groups, seed_folder, seeds_to_run, share_axis, text)
 from machinery.checkpoints import load
@@ -70,10 +70,11 @@ class Config:
         if self.samples < 2 or self.batch_size % 16:
             raise ValueError(f"got samples {self.samples} and batch_size {self.batch_size}, expected at least 2, and "
                              "groups of 16")
+        check_sizes(self, "samples")
 
 
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=1, batch_size=32, eval_n=16,
-             max_new_tokens=160)
+             max_new_tokens=96)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
 EXACT = "outcome + exact labels"  # the arm without a scorer

@@ -97,6 +97,16 @@ def powers_of_two(most: int) -> list[int]:
     return [2 ** i for i in range(most.bit_length())]
 
 
+def check_sizes(config, *names: str) -> None:
+    """Raises ValueError for a number of completions that no curve over N = 1, 2, 4, ... would end at, and for so few
+    puzzles that none of them may have four numbers."""
+    for name in names:
+        if getattr(config, name) not in powers_of_two(max(1, getattr(config, name))):
+            raise ValueError(f"got {name} {getattr(config, name)}, expected a power of two: curves go over 1, 2, 4, ... of them")
+    if getattr(config, "eval_n", 16) < 16:
+        raise ValueError(f"got eval_n {config.eval_n}, expected at least 16: puzzles of three and of four numbers")
+
+
 def choose_from_n(values: list, target: int, ways: dict[str, tuple]) -> dict[str, dict[int, float]]:
     """One puzzle's answers; ways are {name: (vote or best, a weight per answer)}. -> for each way the share of right
     choices among N of them, N = 1, 2, 4, ...: the mean over disjoint blocks of N. pass@N is the unbiased estimator."""

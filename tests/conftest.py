@@ -1,4 +1,4 @@
-"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; the whole suite in two
+"""Puts the repository root on sys.path, so that `pytest` finds the scripts from any directory; the whole suite in several
 processes; models that many use."""
 
 import json
@@ -18,23 +18,25 @@ sys.path.insert(0, str(ROOT))
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16)
 CLAIMS = os.environ.pop("CLAIMED_TEST_FILES", "")  # a folder: what of the suite one of the processes has taken
-OURS, SECOND, PARENT = set(), [], os.getppid() if CLAIMS else 0  # 0: this is the first process
+OURS, OTHERS, PARENT = set(), [], os.getppid() if CLAIMS else 0  # 0: this is the first process
 
 
 def pytest_sessionstart(session):
-    """pytest without any flag: a second process takes test files, too. The models are tiny: one core for each of two is
-    faster than two for one."""
+    """pytest without any flag: other processes take test files, too. The models are tiny: a core for each process is faster
+    than several for one. There is one process more than cores, five at most, since some tests wait."""
     global CLAIMS
     if CLAIMS or session.config.invocation_params.args or Path.cwd() != ROOT or os.cpu_count() < 2:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    CLAIMS, said = tempfile.mkdtemp(prefix="claims-"), tempfile.TemporaryFile("w+")
-    SECOND[:] = said, subprocess.Popen([sys.executable, "-m", "pytest"], stdout=said, stderr=said,
-                                       env={**os.environ, "CLAIMED_TEST_FILES": CLAIMS})
+    CLAIMS = tempfile.mkdtemp(prefix="claims-")
+    for _ in range(min(os.cpu_count(), 4)):
+        said = tempfile.TemporaryFile("w+")
+        OTHERS.append((said, subprocess.Popen([sys.executable, "-m", "pytest"], stdout=said, stderr=said,
+                                              env={**os.environ, "CLAIMED_TEST_FILES": CLAIMS})))
 
 
 def pytest_runtest_protocol(item, nextitem):
-    """True: done, as the other process does it."""
+    """True: done, as another process does it."""
     if PARENT and os.getppid() != PARENT:
         os._exit(1)  # the first process was killed
     if CLAIMS and item.path not in OURS:
@@ -47,16 +49,16 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_sessionfinish(session):
-    if SECOND:
-        said, process = SECOND
+    for said, process in OTHERS:
         if session.exitstatus == pytest.ExitCode.INTERRUPTED:
             process.terminate()
         failed = process.wait()
         said.seek(0)
         lines = said.read().splitlines()
-        shutil.rmtree(CLAIMS)
-        print("\n\nin the second process:", *(lines if failed else lines[-1:]), sep="\n")
+        print("\n\nin another process:", *(lines if failed else lines[-1:]), sep="\n")
         session.exitstatus = session.exitstatus or failed
+    if OTHERS:
+        shutil.rmtree(CLAIMS)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import aha, few_shot, longer, mcts, prm, slow_rewards, study
+from experiments import aha, few_shot, harder, longer, mcts, prm, slow_rewards, study
 from machinery import rl_run
 from machinery.statistics import Estimate, Scores
 
@@ -87,6 +87,10 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
     refused(prm, "--seed", 5, "--out", tmp_path / "new", says=("got seed 5 with seeds 3",))
     refused(prm, "--model", "models/none", "--out", tmp_path / "new", says=("models/none", "no such directory"))
     refused(prm, "--steps", 0, "--out", tmp_path / "new", says=("got steps 0", "more than 0"))
+    for study_, flag in ((prm, "samples"), (mcts, "samples"), (mcts, "ablation-budget"), (harder, "samples")):
+        refused(study_, f"--{flag}", 192, "--out", tmp_path / "new", says=(f"got {flag.replace('-', '_')} 192", "a power of two"))
+    for study_ in (prm, mcts):
+        refused(study_, "--eval-n", 2, "--out", tmp_path / "new", says=("got eval_n 2", "at least 16"))
     refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))
     refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
     refused(longer, "--again", "none", "--out", tmp_path / "new", says=("got arm 'none'", "clip-higher"))
