@@ -55,9 +55,9 @@ class Config:
     def __post_init__(self):
         if self.arm not in ("", *ARMS):
             raise ValueError(f"got arm {self.arm!r}, expected one of {', '.join(ARMS)}")
-        if self.documents < 200 or self.batch_size % 16:
-            raise ValueError(f"got documents {self.documents} and batch_size {self.batch_size}, expected at least 200, "
-                             "and groups of 16")
+        if self.documents < 200 or self.batch_size % 16 or self.samples < 2:
+            raise ValueError(f"got documents {self.documents}, batch_size {self.batch_size} and samples {self.samples}, "
+                             "expected at least 200, groups of 16, and at least 2 that vote")
 
 
 QUICK = dict(seeds=1, documents=300, steps=1, batch_size=16, eval_every=1, eval_n=8, samples=2,

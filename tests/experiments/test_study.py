@@ -91,6 +91,7 @@ def test_a_folder_holds_one_set_of_settings(tmp_path, refused):
         refused(study_, f"--{flag}", 192, "--out", tmp_path / "new", says=(f"got {flag.replace('-', '_')} 192", "a power of two"))
     for study_ in (prm, mcts):
         refused(study_, "--eval-n", 2, "--out", tmp_path / "new", says=("got eval_n 2", "at least 16"))
+    refused(aha, "--samples", 1, "--out", tmp_path / "new", says=("samples 1", "at least 2 that vote"))
     refused(mcts, "--width", 3, "--out", tmp_path / "new", says=("got width 3", "2, 4, 8, 16"))
     refused(aha, "--arm", "none", "--out", tmp_path / "new", says=("got arm 'none'", "no backtracking"))
     refused(longer, "--again", "none", "--out", tmp_path / "new", says=("got arm 'none'", "clip-higher"))
