@@ -14,7 +14,7 @@ import train_countdown
 from experiments.endings import ENDINGS
 from machinery.data import read_jsonl
 from machinery.flags import parse_config
-from machinery.statistics import difference, read_scores
+from machinery.statistics import difference, read_scores, share
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
@@ -287,6 +287,22 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
     for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):
         cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 20, 30, 40)]
         assert f"| {task} (n = {logs['two-tasks'][0][n]}) | {' | '.join(cells)} |" in page
+
+
+def test_the_table_of_the_real_checkpoint_is_that_of_its_evaluations():
+    page, folder = (ROOT / "docs" / "gpu.md").read_text(), ROOT / "docs" / "smollm2"
+    before, after = ([read_scores(folder / f"seed{seed}" / f"evaluation{end}.json") for seed in range(3)] for end in ("-sft", ""))
+    for name, a, b in [("all", before, after), *((str(seed), [before[seed]], [after[seed]]) for seed in range(3))]:
+        cells = [f"{own.mean:.1%} ({own.low:.1%} to {own.high:.1%})" for own in (share(a), share(b))]
+        gain = [f"{100 * value:+.1f}" for value in difference(b, a)[:3]]
+        assert f"| {name} | {' | '.join(cells)} | {gain[0]} ({gain[1]} to {gain[2]}) |" in page
+    logs = [read_jsonl(folder / name / "metrics.jsonl") for name in ("seed0", "seed1", "seed2", "rate-1e-5")]
+    at = [next(row["eval_pass@1"] for row in log if row["step"] == 40) for log in (logs[3], logs[0])]
+    assert f"end at {at[0]:.1%} of the validation sums, with 3e-5 it is {at[1]:.1%} at step 40" in page
+    minutes = [log[-1]["minutes"] for log in logs[:3]]
+    assert f"RL {min(minutes):.0f} to {max(minutes):.0f}" in page
+    largest = max(row.get("logprob_gap_max", 0) for log in logs for row in log)
+    assert f"to {largest:.0e} nats at most".replace("e-0", "e-") in page
 
 
 def test_the_votes_and_the_temperature_of_the_pages_are_those_of_their_evaluations():
