@@ -45,7 +45,7 @@ class Config:
     max_new_tokens: int = 1024   # a longer completion is cut off
 
 
-QUICK = dict(seeds=1, documents=20, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16, max_new_tokens=96)
+QUICK = dict(seeds=1, documents=20, zero_steps=1, rl_steps=1, batch_size=32, puzzles=40, n=16, max_new_tokens=64)
 SHOTS = (0, 1, 2, 4, 8)
 R1_STAGES = ("zero", "cold-data", "cold-start", "rl", "replies", "r1-data", "sft", "pairs", "preference", "rl-all")
 MODELS = {"base": "base", "zero": "R1-Zero", "rl-all": "R1", "without pages": "shipped base, no pages"}

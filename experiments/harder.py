@@ -46,7 +46,7 @@ class Config:
         check_sizes(self, "samples")
 
 
-QUICK = dict(seeds=1, steps=2, eval_every=1, n=4, samples=2, max_new_tokens=96)
+QUICK = dict(seeds=1, steps=2, eval_every=1, n=4, samples=2, max_new_tokens=64)
 LEVELS = {"three": "three numbers", "four": "four numbers", "hundred": "four, targets 31 to 100"}
 ARMS = {"base": "base", "easy": "RL on three numbers", "mixed": "RL on three and four"}
 COLOURS = {"three": "tab:blue", "four": "tab:orange", "hundred": "tab:green"}

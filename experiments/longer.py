@@ -59,7 +59,7 @@ class Config:
                 raise ValueError(f"got arm {name!r}, expected one of {', '.join(ARMS)}")
 
 
-QUICK = dict(seeds=1, steps=2, eval_every=1, n=8, samples=2, max_new_tokens=96)
+QUICK = dict(seeds=1, steps=2, eval_every=1, n=8, samples=2, max_new_tokens=64)
 
 
 def stage(config: Config, arm: str, seed: int) -> Stage:

@@ -77,7 +77,7 @@ class Config:
 
 
 QUICK = dict(seeds=1, train_puzzles=16, train_samples=4, epochs=1, n=8, samples=8, ablation_budget=4, sft_puzzles=32,
-             sft_budget=8, sft_steps=2, eval_n=16, max_new_tokens=96)
+             sft_budget=8, sft_steps=2, eval_n=16, max_new_tokens=64)
 WIDTHS = (2, 4, 8, 16)
 
 

@@ -74,7 +74,7 @@ class Config:
 
 
 QUICK = dict(seeds=1, train_puzzles=12, train_samples=4, epochs=1, n=8, samples=8, steps=1, batch_size=32, eval_n=16,
-             max_new_tokens=96)
+             max_new_tokens=64)
 KINDS = ("ahead", "line", "answer")
 NOISES = (0.0, 0.1, 0.2)  # shares of flipped training labels
 EXACT = "outcome + exact labels"  # the arm without a scorer

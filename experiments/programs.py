@@ -44,7 +44,7 @@ class Config:
     max_new_tokens: int = 512      # a longer completion is cut off
 
 
-QUICK = dict(seeds=1, steps=2, eval_every=1, n=16, samples=2, max_new_tokens=128)
+QUICK = dict(seeds=1, steps=2, eval_every=1, n=16, samples=2, max_new_tokens=64)
 
 
 def stage(config: Config, level: str, paid: str, seed: int) -> Stage:
