@@ -200,7 +200,7 @@ def collect(config: Config) -> dict:
     scores = {name: list(map(scores_of, tables)) for name, tables in runs.items()}
     for name, tables in runs.items():
         arms[name] = {"pass@1": measured(scores[name]), "minus fresh": paired(scores[name], scores["fresh"]),
-                      "tokens": average([table["tokens"] for table in tables])}
+                      "minus one step stale": paired(scores[name], scores["one-step-stale"]), "tokens": average([table["tokens"] for table in tables])}
         if name != "offline":
             rows = [row for curve in curves for row in curve[name] if row["step"] > 0 and "ratio" in row]
             arms[name] |= {column: mean([row[column] for row in rows]) for column in ("ratio", "clip_frac", "k1_kl_old")}
@@ -264,25 +264,27 @@ def table(record: dict) -> str:
     arms = []
     for name, arm in record["arms"].items():
         arms.append([name.replace("-", " "), text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
-                     "" if name == "fresh" else judged(arm["minus fresh"]),
-                     f"{arm['tokens']['mean']:.0f}", *(f"{arm[column]:.4f}" if column in arm else "" for column in ("clip_frac", "k1_kl_old"))])
+                     *("" if name in (first, "fresh") else judged(arm[f"minus {first.replace('-', ' ')}"])
+                       for first in ("fresh", "one-step-stale")), f"{arm['tokens']['mean']:.0f}", *(f"{arm[column]:.4f}" if column in arm else "" for column in ("clip_frac", "k1_kl_old"))])
     delays = list(record["step seconds"]["sleep"])
     wall = [[f"{kind}, {delay} s", *(f"{minutes:.1f}" for minutes in minutes_of(record, kind, delay).values())]
             for kind in record["step seconds"] for delay in delays]
     return "\n\n".join((
         markdown(["verdicts", "seconds each", *(f"{way}: {label}" for way, label in WAYS.items()), "c / b", "d / c", "cores in use, c"], rows),
-        markdown(["training", "test pass@1", "of the seeds", "minus fresh, paired", "tokens", "clipped", "KL to the sampler"], arms),
+        markdown(["training", "test pass@1", "of the seeds", "minus fresh, paired", "minus one step stale", "tokens", "clipped", "KL to the sampler"], arms),
         markdown([f"minutes for {record['config']['steps']} steps as short as those", *WAYS, "e"], wall)))
 
 
 def verdict(record: dict) -> str:
     arms, longest = record["arms"], list(record["step seconds"]["sleep"])[-1]
+    four, offline = (arms[name]["minus one step stale"] for name in ("four-steps-stale", "offline"))
     own = record["step seconds"]["sleep"][longest]
     return (f"With verdicts that sleep {longest} s, a step takes {own['a'][0]:.0f} s one after the other, {own['b'][0]:.1f} s in parallel, "
             f"{own['c'][0]:.1f} s while others write, {own['d'][0]:.1f} s one step stale. Trained one step stale ends "
             f"{points(arms['one-step-stale']['minus fresh'])} from fresh ({arms['one-step-stale']['minus fresh']['verdict']}), four steps "
             f"{points(arms['four-steps-stale']['minus fresh'])} ({arms['four-steps-stale']['minus fresh']['verdict']}); offline rejection "
-            f"sampling {points(arms['offline']['minus fresh'])} ({arms['offline']['minus fresh']['verdict']}).")
+            f"sampling {points(arms['offline']['minus fresh'])} ({arms['offline']['minus fresh']['verdict']}). Against "
+            f"one step stale, four steps are {points(four)} ({four['verdict']}), offline {points(offline)} ({offline['verdict']}).")
 
 
 def main() -> None:

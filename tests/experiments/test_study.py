@@ -5,7 +5,6 @@ import importlib
 import json
 import signal
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,8 +62,6 @@ def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_pa
     monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
     monkeypatch.setattr(aha, "ARMS", {arm: aha.ARMS[arm] for arm in ("full", *aha.MISSING)})
     monkeypatch.setattr(slow_rewards, "TIMED", (1,))
-    timed = cache(slow_rewards.time_steps)  # without a delay there is nothing to sleep and nothing to burn
-    monkeypatch.setattr(slow_rewards, "time_steps", lambda config, kind, delay: timed(config, kind if delay else "sleep", delay))
     folder = tmp_path / "out"
     run(name, "--quick", "--out", folder)
     results, study_ = json.loads((folder / f"{name}.json").read_text()), importlib.import_module(f"experiments.{name}")
