@@ -100,22 +100,24 @@ def curve(config: Config, level: str, paid: str) -> dict:
 
 
 def collect(config: Config) -> dict:
-    arms, scores = {}, {}
+    arms, scores, only = {}, {}, {}
     for level in LEVELS:
         for paid in ("base", *PAID):
             name = f"{level}-{paid}"
             tables = [piece(seed_folder(config, seed), name) for seed in range(config.seeds)]
             scores[name] = list(map(scores_of, tables))
             seen = list(map(visible_scores, tables))
+            only[name] = [Scores(a.problems, [v - r for v, r in zip(a.values, b.values)]) for a, b in zip(seen, scores[name])]
             arms[name] = {"right": measured(scores[name]), "visible": measured(seen), "gap": paired(seen, scores[name]),
                           "shapes": dict(sum((Counter(table["shapes"]) for table in tables), Counter())),
                           **{column: average([table[column] for table in tables])
                              for column in ("completion_tokens", "attempts", "format")}, "hacks": tables[0]["hacks"]}
             if paid != "base":
                 arms[name]["curve"] = curve(config, level, paid)
-    return {"arms": arms, "differences": {f"{level}: {a} minus {b}": paired(scores[f"{level}-{a}"], scores[f"{level}-{b}"])
-                                          for level in LEVELS for a, b in (("all", "base"), ("visible", "base"),
-                                                                           ("visible", "all"))}}
+    differences = {f"{level}: {a} minus {b}": paired(scores[f"{level}-{a}"], scores[f"{level}-{b}"]) for level in LEVELS
+                   for a, b in (("all", "base"), ("visible", "base"), ("visible", "all"))}
+    return {"arms": arms, "differences": differences | {f"{level}, passes only what is visible: visible minus all": paired(
+        only[f"{level}-visible"], only[f"{level}-all"]) for level in LEVELS}}
 
 
 def draw(record: dict, path) -> None:

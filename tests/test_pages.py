@@ -14,7 +14,7 @@ import train_countdown
 from experiments.endings import ENDINGS
 from machinery.data import read_jsonl
 from machinery.flags import parse_config
-from machinery.statistics import difference, read_scores, share
+from machinery.statistics import difference, read_scores, scores_of, share
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
@@ -201,13 +201,18 @@ def test_where_it_stops_and_what_stops_it_are_those_of_the_longest_run():
             f"{long['pass@1_3_numbers']:.1%}, four {long['pass@1_4_numbers']:.1%})") in page
     gain = difference(*([read_scores(folder.parent / name / "evaluation.json")] for name in ("420-steps", "64-steps")))
     assert f"{100 * gain.mean:.1f} points more than after 64 steps ({100 * gain.low:.1f} to {100 * gain.high:.1f})" in page
-    for name, words in (("temperature-0.6", "at temperature 0.6 solves {:.1%} of the test puzzles ("),
-                        ("greedy", "`--temperature 0`, {:.1%} (")):
-        own = json.loads((folder / f"{name}.json").read_text())["pass@1"]
-        gain = difference([read_scores(folder / f"{name}.json")], [read_scores(folder / "evaluation.json")])
-        assert words.format(own) + (f"{100 * gain.mean:.1f} points more, {100 * gain.low:.1f} to "
-                                    f"{100 * gain.high:.1f})") in page, name
     found = json.loads((folder.parent / "endings.json").read_text())
+    for name, words, than in (("temperature-0.6", "at temperature 0.6 solves {:.1%} of the test puzzles (", " than with four samples at temperature 1"),
+                              ("greedy", "`--temperature 0`, {:.1%} (", "")):
+        own = json.loads((folder / f"{name}.json").read_text())["pass@1"]
+        gain = difference([read_scores(folder / f"{name}.json")], [scores_of(found["runs/zero-420/checkpoint"])])
+        assert words.format(own) + (f"{100 * gain.mean:.1f} points more{than}, {100 * gain.low:.1f} to "
+                                    f"{100 * gain.high:.1f})") in page, name
+    shown = {row["step"]: row for row in rows if "eval_pass@1" in row}
+    assert f"rises to {shown[80]['eval_mixed']:.1%} at step 80 and ends at {shown[420]['eval_mixed']:.1%}" in page
+    for first, last in ((180, 280), (300, 420)):
+        part = [row["eval_pass@1"] for step, row in shown.items() if first <= step <= last]
+        assert f"{sum(part) / len(part):.1%} " in page and f" {first} to {last}" in page
     for label, name in (("base", "models/tiny-base"), ("12 steps", "runs/zero/checkpoint"),
                         ("420 steps", "runs/zero-420/checkpoint")):
         for numbers, own in found[name]["endings"].items():
