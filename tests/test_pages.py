@@ -326,5 +326,5 @@ def test_exercises_5_7_and_9_are_those_of_their_evaluations():
     after = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("ex5", "ex7", "ex9")}
     card = json.loads((ROOT / "models" / "r1" / "evaluation.json").read_text())
     assert f"{after['ex5']['pass@1']:.1%} of test puzzles, honestly" in readme and f"{after['ex7']['pass@1']:.1%} from 200 rows" in readme
-    assert (f"({card['greetings']:.1%} to {after['ex9']['greetings']:.1%}), sums fall from {card['arithmetic']:.1%} to "
+    assert (f"({card['greetings']:.1%} to {after['ex9']['greetings']:.1%}), to new ones fall ({card['new_greetings']:.1%} to {after['ex9']['new_greetings']:.1%}), sums fall from {card['arithmetic']:.1%} to "
             f"{after['ex9']['arithmetic']:.1%}, puzzles from {card['pass@1']:.1%} to {after['ex9']['pass@1']:.1%}") in readme

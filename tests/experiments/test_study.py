@@ -141,16 +141,17 @@ def test_the_readme_s_figures_of_the_studies_are_those_of_the_json():
         return f"{entry['mean']:.1%}"
 
     chosen, rewards, models = found["prm"]["scorers"]["0.0"]["rerank"], found["prm"]["arms"], found["few_shot"]["models"]
-    assert (f"best of 32 solves {share(chosen['PRM, last']['32'])}, the majority of 64, for the same tokens, {share(chosen['majority']['64'])}. "
-            f"As a normalised reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels "
-            f"{share(rewards[prm.EXACT]['after'])}, neither {share(rewards['outcome']['after'])}") in readme
+    assert (f"best of 32 solves {share(chosen['PRM, last']['32'])} (by the answer {share(chosen['PRM, answer']['32'])}), the majority of 64, for the same tokens, {share(chosen['majority']['64'])}; "
+            f"as a weight of votes it is {list(found['prm']['of N / 2 - majority of N']['PRM-weighted vote'].values())[-1]['verdict']}. As a normalised reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels "
+            f"{share(rewards[prm.EXACT]['after'])}, neither {share(rewards['outcome']['after'])} "
+            f"(these two {rewards[prm.EXACT]['after - outcome']['verdict']})") in readme
     spent = found["mcts"]["mcts"]["tokens"]["256"]["mean"] / found["mcts"]["tokens_a_completion"]["mean"]
-    assert (f"({spent:.0f} spent) solves {share(found['mcts']['mcts']['best value']['256'])}, the majority of plain samples "
-            f"{share(found['mcts']['plain']['majority']['256'])}") in readme
+    assert (f"({spent:.0f} spent) solves {share(found['mcts']['mcts']['best value']['256'])}, the majority of 64 plain samples "
+            f"{share(found['mcts']['plain']['majority']['64'])}, of 256 {share(found['mcts']['plain']['majority']['256'])}") in readme
     full, without = (found["aha"]["arms"][arm] for arm in ("full", "no verification"))
     assert "verifications {:.2f} to {:.2f}; {:.2f} to {:.2f} on bases without".format(
         *(arm[when]["verifications"]["mean"] for arm in (full, without) for when in ("base", "rl"))) in readme
-    assert "(eight: {} to {}), not what RL makes of it: R1-Zero {} to {} (not told apart), R1 {} to {} (worse)".format(
+    assert "(eight: {} to {}), not what RL makes of it: R1-Zero {} to {} (not told apart), R1 {} to {} (worse, just)".format(
         *(share(models[name][shots]["pass@1"]) for name in ("base", "zero", "rl-all") for shots in ("0", "8"))) in readme
     four = {arm: f"{found['harder']['test'][arm]['four']['pass@1']['mean']:.0%}" for arm in ("base", "mixed", "easy")}
     assert f"RL takes four numbers from {four['base']} to {four['mixed']}, RL on three alone to {four['easy']}" in readme
