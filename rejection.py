@@ -206,7 +206,7 @@ def read_partial(path: Path, header: dict) -> dict:
 
 
 def describe(report: dict) -> str:
-    return f"{report['sampled']} sampled, " + ", ".join(f"{count} {name}" for name, count in report["dropped"].items())
+    return f"{report['sampled']} sampled, dropped " + ", ".join(f"{count} by {name}" for name, count in report["dropped"].items())
 
 
 def fine_tune(rows: list[dict], round_: int, config: Config) -> str:
