@@ -296,11 +296,15 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
 
 def test_the_table_of_the_real_checkpoint_is_that_of_its_evaluations():
     page, folder = (ROOT / "docs" / "gpu.md").read_text(), ROOT / "docs" / "smollm2"
-    before, after = ([read_scores(folder / f"seed{seed}" / f"evaluation{end}.json") for seed in range(3)] for end in ("-sft", ""))
-    for name, a, b in [("all", before, after), *((str(seed), [before[seed]], [after[seed]]) for seed in range(3))]:
-        cells = [f"{own.mean:.1%} ({own.low:.1%} to {own.high:.1%})" for own in (share(a), share(b))]
-        gain = [f"{100 * value:+.1f}" for value in difference(b, a)[:3]]
-        assert f"| {name} | {' | '.join(cells)} | {gain[0]} ({gain[1]} to {gain[2]}) |" in page
+    for name, seeds in (("0", [0]), ("1", [1]), ("2", [2]), ("all", [0, 1, 2])):
+        cells = [name]
+        for kind in ("evaluation", "greedy"):
+            before, after = ([read_scores(folder / f"seed{seed}" / f"{kind}{end}.json") for seed in seeds] for end in ("-sft", ""))
+            cells += [f"{own.mean:.1%} ({own.low:.1%} to {own.high:.1%})" for own in (share(before), share(after))]
+            gain = difference(after, before)
+            cells.append(f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})")
+        assert f"| {' | '.join(cells)} |" in page
+    assert gain.verdict() == "not told apart" and "over three seeds it is not told apart" in page
     logs = [read_jsonl(folder / name / "metrics.jsonl") for name in ("seed0", "seed1", "seed2", "rate-1e-5")]
     at = [next(row["eval_pass@1"] for row in log if row["step"] == 40) for log in (logs[3], logs[0])]
     assert f"end at {at[0]:.1%} of the validation sums, with 3e-5 it is {at[1]:.1%} at step 40" in page
