@@ -288,6 +288,18 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
         last = max(logs[run])
         assert (f"from {shown(run, 0, limits=False)} to {shown(run, last)}, n = {logs[run][last]['eval_n']}" in page
                 and f" in {60 * logs[run][last]['minutes']:.0f} seconds" in page)
+    runs, zero = ROOT / "docs" / "runs", ROOT / "docs" / "r1" / "seed0" / "eval-zero.json"  # the quickstart, four samples
+    brief, gspo, two, one = (read_scores(path) for path in (*(runs / name / "evaluation.json" for name in ("brief", "gspo", "grpo-2")), zero))
+    tokens = [json.loads(path.read_text())["completion_tokens"] for path in (runs / "brief" / "evaluation.json", zero)]
+    means = {name: f"{100 * share([own]).mean:.1f}%" for name, own in dict(brief=brief, gspo=gspo, two=two, one=one).items()}
+    gains = ["{:+.1f}{}{:+.1f} to {:+.1f}".format(*(100 * gain[0], words, 100 * gain[1], 100 * gain[2])) for gain, words in (
+        (difference([brief], [one]), " points, "), (difference([gspo], [two]), " points, "), (difference([two], [one]), ", "))]
+    assert (f"{means['brief']} with {tokens[0]:.0f} tokens, where the quickstart, the same command without the change, has "
+            f"{means['one']} with {tokens[1]:.0f} ({gains[0]}, not told apart)") in page
+    assert (f"GSPO has {means['gspo']}, GRPO {means['two']} ({gains[1]}, not told apart). The quickstart, half the updates, has "
+            f"{means['one']} (GRPO's two passes {gains[2]};") in page
+    assert "GSPO {:.1%} at step 1 and {:.1%} at step 12, GRPO {:.1%} and {:.1%};".format(
+        *(logs[run][step]["clip_frac"] for run in ("gspo", "grpo-2") for step in (1, 12))) in page
     assert f"from {shown('largest', 0, 'close', False)} to {shown('largest', 12, 'close', False)}" in page
     for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):
         cells = [f"{shown('two-tasks', step, name)})" for step in (0, 10, 20, 30, 40)]
