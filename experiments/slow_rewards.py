@@ -200,7 +200,8 @@ def collect(config: Config) -> dict:
     scores = {name: list(map(scores_of, tables)) for name, tables in runs.items()}
     for name, tables in runs.items():
         arms[name] = {"pass@1": measured(scores[name]), "minus fresh": paired(scores[name], scores["fresh"]),
-                      "minus one step stale": paired(scores[name], scores["one-step-stale"]), "tokens": average([table["tokens"] for table in tables])}
+                      "minus one step stale": paired(scores[name], scores["one-step-stale"]),
+                      "tokens": average([table["tokens"] for table in tables])}
         if name != "offline":
             rows = [row for curve in curves for row in curve[name] if row["step"] > 0 and "ratio" in row]
             arms[name] |= {column: mean([row[column] for row in rows]) for column in ("ratio", "clip_frac", "k1_kl_old")}
@@ -265,13 +266,15 @@ def table(record: dict) -> str:
     for name, arm in record["arms"].items():
         arms.append([name.replace("-", " "), text(arm["pass@1"]), " ".join(f"{seed:.1%}" for seed in arm["pass@1"]["seeds"]),
                      *("" if name in (first, "fresh") else judged(arm[f"minus {first.replace('-', ' ')}"])
-                       for first in ("fresh", "one-step-stale")), f"{arm['tokens']['mean']:.0f}", *(f"{arm[column]:.4f}" if column in arm else "" for column in ("clip_frac", "k1_kl_old"))])
+                       for first in ("fresh", "one-step-stale")), f"{arm['tokens']['mean']:.0f}",
+                     *(f"{arm[column]:.4f}" if column in arm else "" for column in ("clip_frac", "k1_kl_old"))])
     delays = list(record["step seconds"]["sleep"])
     wall = [[f"{kind}, {delay} s", *(f"{minutes:.1f}" for minutes in minutes_of(record, kind, delay).values())]
             for kind in record["step seconds"] for delay in delays]
     return "\n\n".join((
         markdown(["verdicts", "seconds each", *(f"{way}: {label}" for way, label in WAYS.items()), "c / b", "d / c", "cores in use, c"], rows),
-        markdown(["training", "test pass@1", "of the seeds", "minus fresh, paired", "minus one step stale", "tokens", "clipped", "KL to the sampler"], arms),
+        markdown(["training", "test pass@1", "of the seeds", "minus fresh, paired", "minus one step stale", "tokens", "clipped",
+                  "KL to the sampler"], arms),
         markdown([f"minutes for {record['config']['steps']} steps as short as those", *WAYS, "e"], wall)))
 
 

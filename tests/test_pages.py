@@ -202,8 +202,8 @@ def test_where_it_stops_and_what_stops_it_are_those_of_the_longest_run():
     gain = difference(*([read_scores(folder.parent / name / "evaluation.json")] for name in ("420-steps", "64-steps")))
     assert f"{100 * gain.mean:.1f} points more than after 64 steps ({100 * gain.low:.1f} to {100 * gain.high:.1f})" in page
     found = json.loads((folder.parent / "endings.json").read_text())
-    for name, words, than in (("temperature-0.6", "at temperature 0.6 solves {:.1%} of the test puzzles (", " than with four samples at temperature 1"),
-                              ("greedy", "`--temperature 0`, {:.1%} (", "")):
+    for name, words, than in (("temperature-0.6", "at temperature 0.6 solves {:.1%} of the test puzzles (",
+                               " than with four samples at temperature 1"), ("greedy", "`--temperature 0`, {:.1%} (", "")):
         own = json.loads((folder / f"{name}.json").read_text())["pass@1"]
         gain = difference([read_scores(folder / f"{name}.json")], [scores_of(found["runs/zero-420/checkpoint"])])
         assert words.format(own) + (f"{100 * gain.mean:.1f} points more{than}, {100 * gain.low:.1f} to "

@@ -141,8 +141,10 @@ def test_the_readme_s_figures_of_the_studies_are_those_of_the_json():
         return f"{entry['mean']:.1%}"
 
     chosen, rewards, models = found["prm"]["scorers"]["0.0"]["rerank"], found["prm"]["arms"], found["few_shot"]["models"]
-    assert (f"best of 32 solves {share(chosen['PRM, last']['32'])} (by the answer {share(chosen['PRM, answer']['32'])}), the majority of 64, for the same tokens, {share(chosen['majority']['64'])}; "
-            f"as a weight of votes it is {list(found['prm']['of N / 2 - majority of N']['PRM-weighted vote'].values())[-1]['verdict']}. As a normalised reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels "
+    weighted = found["prm"]["of N / 2 - majority of N"]["PRM-weighted vote"]["64"]["verdict"]
+    assert (f"best of 32 solves {share(chosen['PRM, last']['32'])} (by the answer {share(chosen['PRM, answer']['32'])}), the majority "
+            f"of 64, for the same tokens, {share(chosen['majority']['64'])}; as a weight of votes it is {weighted}. As a normalised "
+            f"reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels "
             f"{share(rewards[prm.EXACT]['after'])}, neither {share(rewards['outcome']['after'])} "
             f"(these two {rewards[prm.EXACT]['after - outcome']['verdict']})") in readme
     spent = found["mcts"]["mcts"]["tokens"]["256"]["mean"] / found["mcts"]["tokens_a_completion"]["mean"]
