@@ -246,5 +246,5 @@ def test_the_page_of_speed_has_the_committed_table_and_ratios():
                      for x, speeds in curves["ours"].items() if x in curves["transformers.generate"]}
               for axis, curves in found["growth"]["growth"].items()}
     every, (most, ratio) = [own for axis in ratios.values() for own in axis.values()], list(ratios["batch"].items())[-1]
-    assert (f"{min(every):.1f} to {max(every):.1f} times `generate` over all points, {ratio:.1f} times at {most} sequences"
+    assert (f"{min(every):.2g} to {max(every):.1f} times `generate` over all points, {ratio:.1f} times at {most} sequences"
             in page)
