@@ -295,10 +295,10 @@ def test_the_figures_of_fork_it_are_those_of_their_logs():
     gains = ["{:+.1f}{}{:+.1f} to {:+.1f}".format(*(100 * gain[0], words, 100 * gain[1], 100 * gain[2])) for gain, words in (
         (difference([brief], [one]), " points, "), (difference([gspo], [two]), " points, "), (difference([two], [one]), ", "))]
     assert (f"{means['brief']} with {tokens[0]:.0f} tokens, where the quickstart, the same command without the change, has "
-            f"{means['one']} with {tokens[1]:.0f} ({gains[0]}, not told apart)") in page
+            f"{means['one']} with {tokens[1]:.0f} ([four samples](r1/seed0/eval-zero.json); pass@1 {gains[0]}, not told apart)") in page
     assert (f"GSPO has {means['gspo']}, GRPO {means['two']} ({gains[1]}, not told apart). The quickstart, half the updates, has "
-            f"{means['one']} (GRPO's two passes {gains[2]};") in page
-    assert "GSPO {:.1%} at step 1 and {:.1%} at step 12, GRPO {:.1%} and {:.1%};".format(
+            f"{means['one']} (GRPO's two passes {gains[2]}: better over puzzles alone, one seed each;") in page
+    assert "GSPO, with the narrow clips above, {:.1%} at step 1 and {:.1%} at step 12; GRPO, with 0.2, {:.1%} and {:.1%}.".format(
         *(logs[run][step]["clip_frac"] for run in ("gspo", "grpo-2") for step in (1, 12))) in page
     assert f"from {shown('largest', 0, 'close', False)} to {shown('largest', 12, 'close', False)}" in page
     for task, name, n in (("countdown", "pass@1", "eval_n"), ("arithmetic", "arithmetic_pass@1", "eval_arithmetic_n")):

@@ -147,9 +147,12 @@ def test_the_readme_s_figures_of_the_studies_are_those_of_the_json():
             f"reward beside the outcome it is hacked: {share(rewards['outcome + PRM']['after'])}; exact labels "
             f"{share(rewards[prm.EXACT]['after'])}, neither {share(rewards['outcome']['after'])} "
             f"(these two {rewards[prm.EXACT]['after - outcome']['verdict']})") in readme
+    plain, alike = found["mcts"]["plain"], found["mcts"]["mcts - plain, chosen alike"]
     spent = found["mcts"]["mcts"]["tokens"]["256"]["mean"] / found["mcts"]["tokens_a_completion"]["mean"]
-    assert (f"({spent:.0f} spent) solves {share(found['mcts']['mcts']['best value']['256'])}, the majority of 64 plain samples "
-            f"{share(found['mcts']['plain']['majority']['64'])}, of 256 {share(found['mcts']['plain']['majority']['256'])}") in readme
+    assert (f"({spent:.0f} spent) solves {share(found['mcts']['mcts']['best value']['256'])}, worse than the majority of 256 plain samples, "
+            f"{share(plain['majority']['256'])} (of 64: {share(plain['majority']['64'])}); {alike['by value']['256']['verdict']} from what its "
+            f"value model chooses among 128, {share(plain['best of N']['128'])}.") in readme
+    assert found["mcts"]["mcts - majority"]["256"]["verdict"] == "worse"
     full, without = (found["aha"]["arms"][arm] for arm in ("full", "no verification"))
     assert "verifications {:.2f} to {:.2f}; {:.2f} to {:.2f} on bases without".format(
         *(arm[when]["verifications"]["mean"] for arm in (full, without) for when in ("base", "rl"))) in readme
