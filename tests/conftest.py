@@ -17,19 +17,20 @@ sys.path.insert(0, str(ROOT))
 
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16)
+HELPERS = min(os.cpu_count() or 1, 4)  # processes beside the first: one more than cores in all, since some tests wait
 CLAIMS = os.environ.pop("CLAIMED_TEST_FILES", "")  # a folder: what of the suite one of the processes has taken
 OURS, OTHERS, PARENT = set(), [], os.getppid() if CLAIMS else 0  # 0: this is the first process
 
 
 def pytest_sessionstart(session):
     """pytest without any flag: other processes take test files, too. The models are tiny: a core for each process is faster
-    than several for one. There is one process more than cores, five at most, since some tests wait."""
+    than several for one."""
     global CLAIMS
-    if CLAIMS or session.config.invocation_params.args or Path.cwd() != ROOT or os.cpu_count() < 2:
+    if CLAIMS or session.config.invocation_params.args or Path.cwd() != ROOT or HELPERS < 2:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     CLAIMS = tempfile.mkdtemp(prefix="claims-")
-    for _ in range(min(os.cpu_count(), 4)):
+    for _ in range(HELPERS):
         said = tempfile.TemporaryFile("w+")
         OTHERS.append((said, subprocess.Popen([sys.executable, "-m", "pytest"], stdout=said, stderr=said,
                                               env={**os.environ, "CLAIMED_TEST_FILES": CLAIMS})))

@@ -2,7 +2,6 @@
 sampler, since a random model solves no puzzle."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 
@@ -184,16 +183,9 @@ def test_rounds_fine_tune_on_all_rows_so_far_and_add_what_is_new(monkeypatch, tm
     assert len({(row["prompt"], row["completion"]) for row in rows}) == 60
 
 
-def test_a_round_is_an_sft_of_the_base(monkeypatch, tmp_path, base, quiet_training):
+def test_a_round_is_an_sft_of_the_base(monkeypatch, tmp_path, base):
     rows = [{"prompt": f"using 3 4 5 make {i}\n", "completion": written("9 yes")} for i in range(8)]
     config = Config(out=str(tmp_path / "rounds.jsonl"), base=str(base), sft_flags="--batch-tokens 64")
-
-    def here(command):  # in this process: starting another one takes seconds
-        monkeypatch.setattr(sys, "argv", command[1:])
-        sft.main()
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(rejection.subprocess, "run", here)
     checkpoint = rejection.fine_tune(rows, 1, config)
     assert checkpoint == f"{tmp_path}/rounds.jsonl.round1/sft/checkpoint"
     assert load(checkpoint)[0].config == load(base)[0].config

@@ -60,7 +60,6 @@ def run(study_name, *flags):
 def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (0, 1, 8))
     monkeypatch.setattr(longer, "ARMS", {"default": "", "clip-higher": longer.ARMS["clip-higher"]})
-    monkeypatch.setattr(aha, "ARMS", {arm: aha.ARMS[arm] for arm in ("full", *aha.MISSING)})
     monkeypatch.setattr(slow_rewards, "TIMED", (1,))
     folder = tmp_path / "out"
     run(name, "--quick", "--out", folder)
@@ -68,7 +67,6 @@ def test_a_study_runs_in_small_and_a_second_call_does_nothing_again(name, tmp_pa
     words = f"{study_.verdict(results)}\n\n{study_.table(results)}\n"
     assert (folder / f"{name}.png").stat().st_size > 20_000
     assert (folder / f"{name}.md").read_text() == words and words in capsys.readouterr().out
-    monkeypatch.setattr(study_, "write_figure", lambda figure, path: None, raising=False)  # the same again, a second each
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run(name, "--quick", "--out", tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before

@@ -21,6 +21,7 @@ import r1
 import rejection
 import sft
 import train_countdown
+from conftest import HELPERS
 from machinery import checkpoints, memory
 from machinery.checkpoints import check_device, find_directory, load, save
 from machinery.optimizer import Muon, orthogonal
@@ -272,13 +273,13 @@ def test_distill_begins_in_a_new_folder(monkeypatch, tmp_path):
     assert begun[:3] == ["student-replies", "student-traces", "distill"]
 
 
-@pytest.mark.skipif(os.name == "nt" or (os.cpu_count() or 1) < 2, reason="several processes, and signals of POSIX")
+@pytest.mark.skipif(os.name == "nt" or HELPERS < 2, reason="several processes, and signals of POSIX")
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGINT))
 def test_the_suite_s_other_processes_end_with_the_first(number, tmp_path):
     """Files of slow tests, one for each process, under this suite's conftest.py; each says which process has it."""
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    names = "abcde"[:min(os.cpu_count(), 4) + 1]
+    names = "abcde"[:HELPERS + 1]
     for name in names:
         (tmp_path / "tests" / f"test_{name}.py").write_text(
             "import os, time, pathlib, pytest\n@pytest.mark.parametrize('i', range(100))\ndef test(i):\n"

@@ -86,7 +86,7 @@ def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(S, sha
             for arm, gain in zip(arms, (0.05, 0.0)):
                 chance = difficulty + gain + (rng.normal(0, 0.03) if S > 1 else 0.0)
                 arm.append(Scores("same" if shared else f"of {s}", (rng.random(N) < chance).astype(float).tolist()))
-        own = difference(*arms, resamples=250)
+        own = difference(*arms, resamples=500)
         held += own.low <= 0.05 <= own.high
     assert held / repeats >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / repeats)
     assert S > 1 or held / repeats <= 0.95 + 3 * math.sqrt(0.95 * 0.05 / repeats)
